@@ -1,0 +1,259 @@
+"""The types that everything else speaks: NamedTuples of arrays, or of functions.
+
+    private batch x ──G──▶ gradient ──D──▶ observation y ──A──▶ reconstruction x̂
+
+Records (`Batch`, `Observation`, `Reconstruction`) hold arrays and may carry leading batch axes
+through `vmap`. Behaviours (`Model`, `Attack`, `Defense`) hold functions and are closed over.
+`Facts` is static: it decides shapes, so it lives in the tree structure and not among the leaves.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import optax
+
+Array = jax.Array
+PyTree = Any
+Params = PyTree
+Bound = float | tuple[float, ...]
+
+
+class Batch(NamedTuple):
+    """Private samples.
+
+    Attributes:
+      inputs: `[B, ...]` floats, in the data set's value range.
+      labels: `[B]` integer classes, or `[B, C]` class probabilities.
+    """
+
+    inputs: Array
+    labels: Array
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalTraining:
+    """The public facts of a federated round: what every client was told to run.
+
+    Attributes:
+      epochs: passes over the client's data.
+      batch_size: samples in a local mini-batch.
+      learning_rate: the client's step size (of plain SGD; other optimizers name themselves).
+      num_samples: samples the client holds.
+      optimizer: the client's optimizer, by name.
+    """
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    num_samples: int
+    optimizer: str = "sgd"
+
+    @property
+    def num_steps(self) -> int:
+        """Local optimizer steps: epochs times mini-batches an epoch."""
+        return self.epochs * -(-self.num_samples // self.batch_size)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """The public facts of an observation. Static: two observations with equal facts share one compilation.
+
+    Attributes:
+      input_shape: shape of one input, without the batch axis.
+      num_classes: number of classes.
+      batch_size: samples behind the gradient; `None` where the adversary is not told.
+      input_range: lowest and highest value of an input, each one number or one per channel.
+      local: the local training of a federated round; `None` for a plain gradient.
+    """
+
+    input_shape: tuple[int, ...]
+    num_classes: int
+    batch_size: int | None = None
+    input_range: tuple[Bound, Bound] = (0.0, 1.0)
+    local: LocalTraining | None = None
+
+
+class Observation(NamedTuple):
+    """Exactly what the adversary is granted, and nothing more.
+
+    Attributes:
+      params: the released parameters: those that the gradient was taken at, or, where `gradient`
+        is `None`, the result of training (a released-weights observation).
+      gradient: the defended gradient; for a federated round the update `start - end`.
+      facts: public facts (shapes, range, batch size, local training).
+      labels: `[B]` classes, where the threat model grants them.
+      statistics: batch-norm statistics of the private batch, where granted; a list of
+        `(mean, variance)` in the order of `Model.statistics`.
+      public: the defence's public randomness, one entry a stage (a known mask, say).
+      auxiliary: data the adversary owns besides (for an informed adversary: the rest of the
+        training set).
+      initial_params: where training started, for a released-weights observation that grants it.
+    """
+
+    params: Params
+    gradient: PyTree | None
+    facts: Facts
+    labels: Array | None = None
+    statistics: PyTree | None = None
+    public: PyTree | None = None
+    auxiliary: Batch | None = None
+    initial_params: Params | None = None
+
+
+class Reconstruction(NamedTuple):
+    """What an attack returns.
+
+    Attributes:
+      inputs: `[B, ...]` reconstructed inputs.
+      labels: `[B]` reconstructed classes.
+      found: `[B]` booleans; false where the attack itself knows that it failed.
+      objective: the attack's own objective at the result, lower is better; it never reads the truth.
+      diagnostics: what the attack wants to say besides (a trace of the objective, a reason).
+    """
+
+    inputs: Array
+    labels: Array
+    found: Array
+    objective: Array
+    diagnostics: dict[str, Any]
+
+
+class Layer(NamedTuple):
+    """One layer of a chain model, as `Model.layers(tree)` lists it.
+
+    `tree` may be parameters or a gradient: `weight` and `bias` are then that layer's part of it.
+
+    Attributes:
+      kind: `dense`, `conv`, `average_pool`, `max_pool`, `global_average_pool` or `flatten`.
+      weight: `[in, out]` (dense), `[height, width, in, out]` (conv), or `None`.
+      bias: `[out]` or `None`.
+      activation: name of the nonlinearity after the layer; `identity` where there is none.
+      strides: window strides (conv, pool).
+      padding: `((low, high), (low, high))` (conv, pool).
+      window: pooling window.
+    """
+
+    kind: str
+    weight: Array | None = None
+    bias: Array | None = None
+    activation: str = "identity"
+    strides: tuple[int, int] = (1, 1)
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+    window: tuple[int, int] | None = None
+
+
+class Model(NamedTuple):
+    """A classifier as pure functions over a parameter tree.
+
+    Attributes:
+      init: `init(key, input_shape) -> params`.
+      apply: `apply(params, inputs [B, ...]) -> logits [B, C]`, evaluation mode.
+      loss: `loss(params, batch) -> scalar`, the mean over the samples.
+      num_classes: number of classes; 1 for a binary model with one logit.
+      name: for tables and messages.
+      layers: `layers(tree) -> tuple[Layer, ...]` where the model is a chain of layers, else `None`.
+      statistics: `statistics(params, inputs) -> [(mean, variance), ...]` of the input of every
+        batch-norm layer, else `None`.
+      running_statistics: the stored `(mean, variance)` of the same layers, else `None`.
+      with_convolution: `with_convolution(conv) -> Model`, the same model on another
+        implementation of `lax.conv_general_dilated`; `None` where it cannot be swapped.
+    """
+
+    init: Callable[[Array, Sequence[int]], Params]
+    apply: Callable[[Params, Array], Array]
+    loss: Callable[[Params, Batch], Array]
+    num_classes: int
+    name: str = "model"
+    layers: Callable[[PyTree], tuple[Layer, ...]] | None = None
+    statistics: Callable[[Params, Array], list[tuple[Array, Array]]] | None = None
+    running_statistics: list[tuple[Array, Array]] | None = None
+    with_convolution: Callable[[Callable[..., Array]], "Model"] | None = None
+
+
+class Attack(NamedTuple):
+    """An estimator of the private batch from an observation, as three pure functions.
+
+    Attributes:
+      init: `init(key, observation) -> state`.
+      step: `step(observation, state) -> state`.
+      result: `result(observation, state) -> Reconstruction`.
+      num_steps: how many steps at most; 0 for a closed form, which does its work in `init`.
+      done: `done(state) -> bool scalar`: nothing is left to gain; `None` where only `num_steps` ends it.
+      objective: `objective(state) -> scalar`, for progress; `None` for a closed form.
+    """
+
+    init: Callable[[Array, Observation], Any]
+    step: Callable[[Observation, Any], Any]
+    result: Callable[[Observation, Any], Reconstruction]
+    num_steps: int = 0
+    done: Callable[[Any], Array] | None = None
+    objective: Callable[[Any], Array] | None = None
+
+    def __call__(self, key: Array, observation: Observation) -> Reconstruction:
+        """Run the whole attack: pure and traceable, so `jit` and `vmap` apply.
+
+        Args:
+          key: a typed PRNG key.
+          observation: what the adversary was granted.
+
+        Returns:
+          The reconstruction.
+        """
+        state = self.init(key, observation)
+        if self.num_steps:
+
+            def unfinished(carry):
+                count, state = carry
+                more = count < self.num_steps
+                return more if self.done is None else more & ~self.done(state)
+
+            def advance(carry):
+                count, state = carry
+                return count + 1, self.step(observation, state)
+
+            _, state = jax.lax.while_loop(unfinished, advance, (0, state))
+        return self.result(observation, state)
+
+
+Stage = Literal["per_sample", "aggregate"]
+
+
+class Defense(optax.GradientTransformationExtraArgs):
+    """An optax gradient transformation that also knows its own channel.
+
+    It is the plain two-tuple `(init, update)` and composes inside `optax.chain`. A defence of stage
+    `per_sample` takes gradients with a leading sample axis and returns their aggregate; one of
+    stage `aggregate` maps a gradient to a gradient.
+
+    Attributes:
+      name: the constructor and its settings, for tables and messages.
+      stage: where it acts.
+      stages: the elementary stages (`invjax.defenses.base.Elementary`) that it chains, in order.
+      init_with_key: `init_with_key(key, params) -> state`; `init` is the same with the default key.
+      public: `public(state) -> tuple`, what the defence publishes of its randomness, an entry a stage.
+      law: `law(observed, candidate, public) -> Law`: the law of the observation given a candidate
+        gradient (per-sample where the stage says so).
+      log_likelihood: `log_likelihood(observed, candidate, public) -> scalar`.
+    """
+
+    name: str
+    stage: Stage
+    stages: tuple
+    init_with_key: Callable[[Array, Params], Any]
+    public: Callable[[Any], tuple]
+    law: Callable[..., Any]
+    log_likelihood: Callable[..., Array]
+
+    def __new__(cls, init, update, **attributes):
+        """Build the two-tuple and attach what an adversary may know of it."""
+        self = super().__new__(cls, init, update)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self) -> str:
+        return self.name

@@ -1,0 +1,168 @@
+"""How defences are built and composed: elementary stages, and `chain`."""
+
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from invjax.base import Array, Defense, Params, PyTree, Stage
+from invjax.defenses.law import Law, aggregate, log_likelihood
+
+
+class Elementary(NamedTuple):
+    """One stage of a defence: the sampling side and the adversary's side of the same channel.
+
+    Attributes:
+      name: the constructor and its settings.
+      stage: `per_sample` stages map per-sample gradients to per-sample gradients, `aggregate`
+        stages a gradient to a gradient.
+      init: `init(key, params) -> state`.
+      update: `update(gradients, state, count) -> (gradients, state)`; `count` is the number of
+        samples behind an aggregated gradient where it is known, else 1.
+      propagate: `propagate(law, observed, public) -> law`; `observed` is the observation where this
+        stage's zeros can be read off it, else `None`.
+      public: `public(state)`, the randomness that this stage publishes.
+      keeps_zeros: a zero coordinate of the input is a zero of the output, and no other becomes one.
+    """
+
+    name: str
+    stage: Stage
+    init: Callable[[Array, Params], Any]
+    update: Callable[[PyTree, Any, int], tuple[PyTree, Any]]
+    propagate: Callable[[Law, PyTree | None, Any], Law]
+    public: Callable[[Any], Any] = lambda state: None
+    keeps_zeros: bool = False
+
+
+def stateless(key: Array, params: Params) -> tuple:
+    """The empty state, for stages without randomness."""
+    del key, params
+    return ()
+
+
+def from_stages(*stages: Elementary, name: str | None = None, key: Array | None = None) -> Defense:
+    """A defence from elementary stages.
+
+    Args:
+      *stages: in the order in which they act on the gradient.
+      name: for tables; the stages' names joined by `,` otherwise.
+      key: PRNG key of `init`; a fixed key derived from the name where `None`.
+
+    Returns:
+      The defence.
+
+    Raises:
+      ValueError: a per-sample stage stands after an aggregated one.
+    """
+    for before, after in zip(stages, stages[1:], strict=False):
+        if before.stage == "aggregate" and after.stage == "per_sample":
+            raise ValueError(
+                f"{after.name} acts on per-sample gradients and cannot follow {before.name}, "
+                "which acts on their aggregate: put it first."
+            )
+    name = ",".join(stage.name for stage in stages) if name is None else name
+    per_sample = bool(stages) and stages[0].stage == "per_sample"
+
+    def init_with_key(key: Array, params: Params) -> tuple:
+        # Every stage draws from its own key; folding in also copies a key that may be donated.
+        return tuple(
+            stage.init(jax.random.fold_in(key, index), params)
+            for index, stage in enumerate(stages)
+        )
+
+    def init(params: Params) -> tuple:
+        default = jax.random.key(zlib.crc32(name.encode())) if key is None else key
+        return init_with_key(default, params)
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        count = _leading_size(updates, name) if per_sample else 1
+        aggregated = not per_sample
+        new_state = []
+        for stage, stage_state in zip(stages, state, strict=True):
+            if stage.stage == "aggregate" and not aggregated:
+                updates, aggregated = _mean(updates), True
+            updates, stage_state = stage.update(updates, stage_state, count)
+            new_state.append(stage_state)
+        return updates if aggregated else _mean(updates), tuple(new_state)
+
+    def public(state) -> tuple:
+        return tuple(stage.public(part) for stage, part in zip(stages, state, strict=True))
+
+    def law(observed, candidate, public=None, slack=None) -> Law:
+        slack = _default_slack(observed) if slack is None else slack
+        count = _leading_size(candidate, name) if per_sample else 1
+        law = Law(location=candidate, count=count, slack=slack)
+        aggregated = not per_sample
+        for index, stage in enumerate(stages):
+            if stage.stage == "aggregate" and not aggregated:
+                law, aggregated = aggregate(law), True
+            readable = all(later.keeps_zeros for later in stages[index + 1 :])
+            law = stage.propagate(
+                law, observed if readable else None, None if public is None else public[index]
+            )
+        return law if aggregated else aggregate(law)
+
+    def defense_log_likelihood(observed, candidate, public=None, slack=None) -> Array:
+        return log_likelihood(law(observed, candidate, public, slack), observed)
+
+    return Defense(
+        init,
+        update,
+        name=name or "none",
+        stage="per_sample" if per_sample else "aggregate",
+        stages=stages,
+        init_with_key=init_with_key,
+        public=public,
+        law=law,
+        log_likelihood=defense_log_likelihood,
+    )
+
+
+def chain(*defenses: Defense, key: Array | None = None) -> Defense:
+    """Compose defences, both what they do and what an adversary knows of it.
+
+    Every stage draws from its own key. `optax.chain` composes the sampling side only and leaves two
+    equal stages with equal keys: use this one for defences, `optax.chain` for the optimizer behind.
+
+    Args:
+      *defenses: in the order in which they act on the gradient; none at all is no defence.
+      key: PRNG key of `init`; a fixed one where `None`.
+
+    Returns:
+      The composed defence.
+
+    Raises:
+      TypeError: an argument is not a defence.
+      ValueError: a per-sample stage stands after an aggregated one.
+    """
+    for defense in defenses:
+        if not isinstance(defense, Defense):
+            raise TypeError(
+                f"invjax.chain composes defences, got {defense!r}; compose it with an optimizer by "
+                "optax.chain(invjax.chain(...), optimizer)."
+            )
+    return from_stages(*(stage for defense in defenses for stage in defense.stages), key=key)
+
+
+def _mean(gradients: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.mean(axis=0), gradients)
+
+
+def _leading_size(gradients: PyTree, name: str) -> int:
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(gradients)}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(
+            f"{name} acts on per-sample gradients: every leaf needs the same leading sample axis, "
+            f"got leading sizes {sorted(map(str, sizes))}. Feed invjax.gradients.per_sample_gradients."
+        )
+    return sizes.pop()
+
+
+def _default_slack(observed: PyTree) -> Array:
+    """A thousandth of the observation's root mean square: small, and never zero."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(observed))
+    return 1e-3 * optax.tree.norm(observed) / jnp.sqrt(size) + 1e-12

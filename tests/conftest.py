@@ -1,0 +1,36 @@
+"""Test set-up: eight host devices, strict numerics, and the persistent compilation cache."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+import jax
+import matplotlib
+import pytest
+
+matplotlib.use("Agg")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(".cache/jax").absolute()))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> pathlib.Path:
+    """The folder of real data sets, where this machine has one."""
+    root = pathlib.Path(os.environ.get("INVJAX_DATA", DATA))
+    if not (root / "mnist.npz").exists():
+        pytest.skip("no folder of real data sets (set INVJAX_DATA)")
+    return root
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A typed PRNG key."""
+    return jax.random.key(0)

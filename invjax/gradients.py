@@ -170,9 +170,7 @@ def clipped_sum(
         raise ValueError(
             f"microbatch_size must divide the batch of {size} samples, got {microbatch_size}."
         )
-    chunks = jax.tree.map(
-        lambda leaf: leaf.reshape((-1, microbatch_size) + leaf.shape[1:]), batch
-    )
+    chunks = jax.tree.map(lambda leaf: leaf.reshape((-1, microbatch_size) + leaf.shape[1:]), batch)
 
     def accumulate(total, chunk):
         return jax.tree.map(jnp.add, total, clipped(chunk)), None

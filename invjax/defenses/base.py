@@ -69,8 +69,7 @@ def from_stages(*stages: Elementary, name: str | None = None, key: Array | None 
     def init_with_key(key: Array, params: Params) -> tuple:
         # Every stage draws from its own key; folding in also copies a key that may be donated.
         return tuple(
-            stage.init(jax.random.fold_in(key, index), params)
-            for index, stage in enumerate(stages)
+            stage.init(jax.random.fold_in(key, index), params) for index, stage in enumerate(stages)
         )
 
     def init(params: Params) -> tuple:

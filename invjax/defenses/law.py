@@ -69,7 +69,9 @@ def inform(law: Law, mask: PyTree) -> PyTree:
 def aggregate(law: Law) -> Law:
     """From the law of per-sample gradients (leading axis) to the law of their mean."""
     if law.laplace is not None and law.count > 1:
-        raise ValueError("The mean of per-sample Laplace noise has no closed form for batches over 1.")
+        raise ValueError(
+            "The mean of per-sample Laplace noise has no closed form for batches over 1."
+        )
 
     def mean(tree, power=1):
         return jax.tree.map(lambda leaf: leaf.mean(axis=0) / law.count ** (power - 1), tree)

@@ -1,0 +1,23 @@
+"""Gradient matching: one loop, its data terms (likelihoods), priors, and the published attacks as presets."""
+
+from invjax.attacks.matching import objectives as objectives
+from invjax.attacks.matching import priors as priors
+from invjax.attacks.matching.loop import gradient_matching as gradient_matching
+from invjax.attacks.matching.presets import bayes as bayes
+from invjax.attacks.matching.presets import dlg as dlg
+from invjax.attacks.matching.presets import gradinversion as gradinversion
+from invjax.attacks.matching.presets import idlg as idlg
+from invjax.attacks.matching.presets import inverting_gradients as inverting_gradients
+from invjax.attacks.matching.presets import tag as tag
+
+__all__ = [
+    "bayes",
+    "dlg",
+    "gradient_matching",
+    "gradinversion",
+    "idlg",
+    "inverting_gradients",
+    "objectives",
+    "priors",
+    "tag",
+]

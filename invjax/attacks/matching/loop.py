@@ -1,0 +1,313 @@
+"""The one loop of gradient matching: objective + prior + optimizer + constraint + restarts."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from invjax import conv, gradients
+from invjax.attacks import labels as label_recovery
+from invjax.attacks.matching.objectives import Objective
+from invjax.attacks.matching.priors import Context, Prior
+from invjax.base import Array, Attack, Batch, Model, Observation, PyTree, Reconstruction
+from invjax.observe import check_observation, per_step_gradient
+
+Labels = Literal["known", "recovered", "joint"]
+Initializer = Callable[[Array, tuple[int, ...], Observation], Array]
+Constraint = Callable[[Array, Observation], Array]
+
+
+class State(NamedTuple):
+    """State of the loop; everything but `count` and `labels` has a leading axis of restarts `R`.
+
+    Attributes:
+      variables: `{"inputs": [R, B, ...]}` and, where labels are optimised, `"labels"`: logits `[R, B, C]`.
+      optimizer: optimizer states.
+      value: `[R]` objective at `variables`.
+      gradient: its gradient.
+      best: variables of the lowest objective so far.
+      best_value: `[R]` that objective.
+      stale: `[R]` steps since it last fell noticeably.
+      finished: `[R]` restarts that are done.
+      trace: `[R, num_steps + 1]` objectives, NaN where not run.
+      count: steps done.
+      labels: `[B]` fixed labels, or `None` where they are optimised.
+    """
+
+    variables: dict[str, Array]
+    optimizer: Any
+    value: Array
+    gradient: dict[str, Array]
+    best: dict[str, Array]
+    best_value: Array
+    stale: Array
+    finished: Array
+    trace: Array
+    count: Array
+    labels: Array | None
+
+
+def normal(std: float = 1.0, mean: float = 0.0) -> Initializer:
+    """Start from Gaussian noise.
+
+    Args:
+      std: standard deviation, in input units.
+      mean: mean.
+
+    Returns:
+      The initializer.
+    """
+    return lambda key, shape, observation: mean + std * jax.random.normal(key, shape)
+
+
+def uniform_box() -> Initializer:
+    """Start uniformly in the public input range.
+
+    Returns:
+      The initializer.
+    """
+
+    def initialize(key, shape, observation):
+        low, high = (jnp.asarray(bound) for bound in observation.facts.input_range)
+        return jax.random.uniform(key, shape) * (high - low) + low
+
+    return initialize
+
+
+def gradient_matching(
+    model: Model,
+    *,
+    objective: Objective,
+    prior: Prior | None = None,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    constraint: Constraint | None = None,
+    labels: Labels = "known",
+    initializer: Initializer | None = None,
+    restarts: int = 1,
+    patience: int | None = None,
+    tolerance: float = 1e-3,
+    batch_size: int | None = None,
+    backend: str | None = None,
+) -> Attack:
+    """Reconstruct a batch by making its gradient match the observed one.
+
+    The restarts are vmapped; the best by objective is returned, and the truth is never looked at.
+
+    Args:
+      model: the model that the client used.
+      objective: the data term.
+      prior: the prior on inputs; uniform by default.
+      optimizer: any optax optimizer; one with a line search is given what it needs.
+      num_steps: optimizer steps, at most.
+      constraint: `constraint(inputs, observation) -> inputs`, applied after every step.
+      labels: `known` reads those that the observation grants, `recovered` infers them from the
+        gradient first, `joint` optimises soft labels along with the inputs.
+      initializer: `initializer(key, shape, observation) -> inputs`; standard normal by default.
+      restarts: independent starts.
+      patience: a restart ends after this many steps without a noticeable fall; never where `None`.
+      tolerance: the relative fall of the objective that is noticeable.
+      batch_size: how many inputs to reconstruct; the observation's own where `None`.
+      backend: `cpu`, `gpu` or `tpu`: how convolutions are computed; the present one where `None`.
+
+    Returns:
+      The attack. `diagnostics` holds `trace [R, num_steps + 1]`, `status [R]` (0 ran to the end,
+      1 plateau, 2 not finite), `best [R]` and `restart`.
+
+    Raises:
+      ValueError: a number out of range, an unknown choice; and at its first use, an observation
+        that does not fit.
+    """
+    for name, number in (("num_steps", num_steps), ("restarts", restarts)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}.")
+    if patience is not None and patience < 1:
+        raise ValueError(f"patience must be at least 1 or None, got {patience}.")
+    if labels not in get_args(Labels):
+        raise ValueError(f"labels must be one of {get_args(Labels)}, got {labels!r}.")
+    if labels == "joint" and model.num_classes < 2:
+        raise ValueError("labels='joint' needs a model with at least two logits.")
+    model = conv.for_matching(model, backend)
+    initializer = normal() if initializer is None else initializer
+    optimizer = optax.with_extra_args_support(optimizer)
+    candidate_gradient = (
+        gradients.per_sample_gradients if objective.stage == "per_sample" else gradients.gradient
+    )
+
+    def loss(variables, fixed_labels, context: Context) -> Array:
+        inputs = variables["inputs"]
+        target = jax.nn.softmax(variables["labels"]) if fixed_labels is None else fixed_labels
+        observation = context.observation
+        candidate = candidate_gradient(model, observation.params, Batch(inputs, target))
+        value = objective.value(candidate, observation)
+        return value if prior is None else value + prior(inputs, context)
+
+    def prepare(observation: Observation, variables) -> Context:
+        # A federated update is read on the scale of one gradient.
+        observation = observation._replace(gradient=per_step_gradient(observation))
+        return Context(observation, group=variables["inputs"].mean(axis=0))
+
+    def init(key: Array, observation: Observation) -> State:
+        check_observation(model, observation)
+        size = _batch_size(observation, batch_size)
+        fixed = _fixed_labels(model, observation, labels, size)
+        shape = (size, *observation.facts.input_shape)
+
+        def start(key):
+            inputs_key, labels_key = jax.random.split(key)
+            variables = {"inputs": initializer(inputs_key, shape, observation)}
+            if constraint is not None:
+                variables["inputs"] = constraint(variables["inputs"], observation)
+            if fixed is None:
+                logits = jax.random.normal(labels_key, (size, model.num_classes))
+                variables["labels"] = logits
+            return variables
+
+        variables = jax.vmap(start)(jax.random.split(key, restarts))
+        context = prepare(observation, variables)
+
+        def evaluate(variables):
+            value, gradient = jax.value_and_grad(loss)(variables, fixed, context)
+            state = optimizer.init(variables)
+            if _has_line_search(state):
+                state = optax.tree.set(state, value=value, grad=gradient)
+            return value, gradient, state
+
+        value, gradient, optimizer_state = jax.vmap(evaluate)(variables)
+        return State(
+            variables=variables,
+            optimizer=optimizer_state,
+            value=value,
+            gradient=gradient,
+            best=variables,
+            best_value=value,
+            stale=jnp.zeros(restarts, jnp.int32),
+            finished=~jnp.isfinite(value),
+            trace=jnp.full((restarts, num_steps + 1), jnp.nan).at[:, 0].set(value),
+            count=jnp.zeros((), jnp.int32),
+            labels=fixed,
+        )
+
+    def advance(variables, optimizer_state, value, gradient, fixed, context):
+        """One optimizer step of one restart."""
+
+        def value_fn(variables):
+            return loss(variables, fixed, context)
+
+        updates, optimizer_state = optimizer.update(
+            gradient, optimizer_state, variables, value=value, grad=gradient, value_fn=value_fn
+        )
+        variables = optax.apply_updates(variables, updates)
+        if constraint is not None:
+            inputs = constraint(variables["inputs"], context.observation)
+            variables = {**variables, "inputs": inputs}
+        if constraint is None and _has_line_search(optimizer_state):
+            # The line search has evaluated the point that it accepted.
+            value = optax.tree.get(optimizer_state, "value")
+            gradient = optax.tree.get(optimizer_state, "grad")
+        else:
+            value, gradient = jax.value_and_grad(value_fn)(variables)
+        return variables, optimizer_state, value, gradient
+
+    def step(observation: Observation, state: State) -> State:
+        context = prepare(observation, state.variables)
+        moved = jax.vmap(advance, in_axes=(0, 0, 0, 0, None, None))(
+            state.variables, state.optimizer, state.value, state.gradient, state.labels, context
+        )
+        old = (state.variables, state.optimizer, state.value, state.gradient)
+        variables, optimizer_state, value, gradient = _select(state.finished, old, moved)
+        better = value < state.best_value
+        noticeable = value < state.best_value - tolerance * jnp.abs(state.best_value)
+        stale = jnp.where(noticeable, 0, state.stale + 1)
+        finished = state.finished | ~jnp.isfinite(value)
+        if patience is not None:
+            finished |= stale >= patience
+        count = state.count + 1
+        traced = jnp.where(state.finished, jnp.nan, value)
+        return State(
+            variables=variables,
+            optimizer=optimizer_state,
+            value=value,
+            gradient=gradient,
+            best=_select(better, variables, state.best),
+            best_value=jnp.where(better, value, state.best_value),
+            stale=stale,
+            finished=finished,
+            trace=state.trace.at[:, count].set(traced),
+            count=count,
+            labels=state.labels,
+        )
+
+    def result(observation: Observation, state: State) -> Reconstruction:
+        del observation
+        finite = jnp.isfinite(state.best_value)
+        winner = jnp.argmin(jnp.where(finite, state.best_value, jnp.inf))
+        best = jax.tree.map(lambda leaf: leaf[winner], state.best)
+        inputs = best["inputs"]
+        found = jnp.broadcast_to(finite[winner], inputs.shape[:1])
+        plateau = state.finished & jnp.isfinite(state.value)
+        return Reconstruction(
+            inputs=inputs,
+            labels=best["labels"].argmax(-1) if state.labels is None else state.labels,
+            found=found,
+            objective=state.best_value[winner],
+            diagnostics={
+                "trace": state.trace,
+                "best": state.best_value,
+                "restart": winner,
+                "status": jnp.where(jnp.isfinite(state.value), plateau.astype(jnp.int32), 2),
+            },
+        )
+
+    return Attack(
+        init,
+        step,
+        result,
+        num_steps,
+        done=lambda state: state.finished.all(),
+        objective=lambda state: jnp.min(state.best_value),
+    )
+
+
+def _batch_size(observation: Observation, batch_size: int | None) -> int:
+    size = observation.facts.batch_size if batch_size is None else batch_size
+    if size is None:
+        raise ValueError(
+            "The observation does not say how many samples there are: give batch_size, or estimate "
+            "it with invjax.attacks.labels.estimate_batch_size."
+        )
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {size}.")
+    return size
+
+
+def _fixed_labels(model: Model, observation: Observation, labels: Labels, size: int):
+    if labels == "joint":
+        return None
+    if labels == "recovered":
+        return label_recovery.recover(model, observation, size)
+    if observation.labels is None:
+        raise ValueError(
+            "labels='known', but the observation grants none: observe(..., grant_labels=True), "
+            "or labels='recovered' or 'joint'."
+        )
+    if observation.labels.shape[0] != size:
+        raise ValueError(
+            f"The observation grants {observation.labels.shape[0]} labels for {size} samples."
+        )
+    return observation.labels
+
+
+def _has_line_search(state: PyTree) -> bool:
+    return optax.tree.get(state, "value") is not None and optax.tree.get(state, "grad") is not None
+
+
+def _select(mask: Array, first: PyTree, second: PyTree) -> PyTree:
+    """Leaf-wise `where` with a mask over the leading axis."""
+
+    def choose(a, b):
+        return jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - mask.ndim)), a, b)
+
+    return jax.tree.map(choose, first, second)

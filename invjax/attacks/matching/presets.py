@@ -1,0 +1,243 @@
+"""Published gradient-matching attacks, by name, with their published settings."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from invjax.attacks.matching import objectives, priors
+from invjax.attacks.matching.loop import Labels, gradient_matching, normal
+from invjax.base import Attack, Defense, Model
+
+
+def signed_adam(learning_rate: float, num_steps: int) -> optax.GradientTransformation:
+    """Adam on the sign of the gradient, the rate a tenth after 3/8, 5/8 and 7/8 of the steps.
+
+    Args:
+      learning_rate: first step size, in input units.
+      num_steps: total steps.
+
+    Returns:
+      The optimizer of Geiping et al. 2020.
+    """
+    sign = optax.stateless(lambda updates, params: jax.tree.map(jnp.sign, updates))
+    return optax.chain(sign, optax.adam(decayed(learning_rate, num_steps)))
+
+
+def decayed(learning_rate: float, num_steps: int) -> optax.Schedule:
+    """A tenth of the rate after 3/8, 5/8 and 7/8 of the steps (Geiping et al. 2020)."""
+    boundaries = {int(num_steps * part / 8): 0.1 for part in (3, 5, 7)}
+    return optax.piecewise_constant_schedule(learning_rate, boundaries)
+
+
+def lbfgs(memory_size: int = 20) -> optax.GradientTransformation:
+    """L-BFGS with a zoom line search, which keeps it from the divergence of fixed steps."""
+    return optax.lbfgs(
+        memory_size=memory_size,
+        linesearch=optax.scale_by_zoom_linesearch(
+            max_linesearch_steps=20, initial_guess_strategy="one"
+        ),
+    )
+
+
+def dlg(
+    model: Model, *, num_steps: int = 300, restarts: int = 1, labels: Labels = "joint", **settings
+) -> Attack:
+    """Deep Leakage from Gradients (Zhu et al. 2019): squared L2, soft labels optimised, L-BFGS.
+
+    Departure: the published optimizer takes unit steps, twenty an iteration, and diverges on some
+    starts; here every step is a line search, and a step is one L-BFGS iteration.
+
+    Args:
+      model: the model.
+      num_steps: L-BFGS iterations.
+      restarts: independent starts.
+      labels: `joint` as published; `known` or `recovered`.
+      **settings: of `gradient_matching`.
+
+    Returns:
+      The attack.
+    """
+    settings = {
+        "objective": objectives.squared_l2(),
+        "optimizer": lbfgs(),
+        "patience": 30,
+        **settings,
+    }
+    return gradient_matching(
+        model, num_steps=num_steps, restarts=restarts, labels=labels, **settings
+    )
+
+
+def idlg(
+    model: Model,
+    *,
+    num_steps: int = 300,
+    restarts: int = 1,
+    labels: Labels = "recovered",
+    **settings,
+) -> Attack:
+    """Improved DLG (Zhao et al. 2020): the label from the sign of the last layer's gradient, then DLG.
+
+    Args:
+      model: the model.
+      num_steps: L-BFGS iterations.
+      restarts: independent starts.
+      labels: `recovered` as published.
+      **settings: of `gradient_matching`.
+
+    Returns:
+      The attack.
+    """
+    return dlg(model, num_steps=num_steps, restarts=restarts, labels=labels, **settings)
+
+
+def tag(
+    model: Model,
+    *,
+    weight: float = 0.01,
+    num_steps: int = 300,
+    restarts: int = 1,
+    labels: Labels = "joint",
+    **settings,
+) -> Attack:
+    """TAG's objective on any model (Deng et al. 2021): squared L2 plus weighted L1.
+
+    Args:
+      model: the model.
+      weight: of the L1 part.
+      num_steps: L-BFGS iterations.
+      restarts: independent starts.
+      labels: `joint` as published.
+      **settings: of `gradient_matching`.
+
+    Returns:
+      The attack.
+    """
+    settings = {"objective": objectives.squared_l2_and_l1(weight), **settings}
+    return dlg(model, num_steps=num_steps, restarts=restarts, labels=labels, **settings)
+
+
+def inverting_gradients(
+    model: Model,
+    *,
+    total_variation: float = 1e-2,
+    learning_rate: float = 0.1,
+    num_steps: int = 4800,
+    restarts: int = 1,
+    labels: Labels = "known",
+    **settings,
+) -> Attack:
+    """Inverting Gradients (Geiping et al. 2020): cosine, total variation, signed Adam, box.
+
+    Args:
+      model: the model.
+      total_variation: weight of the anisotropic total variation.
+      learning_rate: of signed Adam, in input units (published on inputs of unit variance).
+      num_steps: steps.
+      restarts: independent starts.
+      labels: `known` as published.
+      **settings: of `gradient_matching`.
+
+    Returns:
+      The attack.
+    """
+    settings = {
+        "objective": objectives.cosine(),
+        "prior": priors.total_variation(total_variation),
+        "optimizer": signed_adam(learning_rate, num_steps),
+        "constraint": priors.project_to_box,
+        **settings,
+    }
+    return gradient_matching(
+        model, num_steps=num_steps, restarts=restarts, labels=labels, **settings
+    )
+
+
+def gradinversion(
+    model: Model,
+    *,
+    total_variation: float = 1e-4,
+    l2: float = 1e-6,
+    batch_norm: float = 0.1,
+    group: float = 1e-2,
+    learning_rate: float = 0.1,
+    num_steps: int = 4000,
+    restarts: int = 4,
+    labels: Labels = "recovered",
+    **settings,
+) -> Attack:
+    """GradInversion (Yin et al. 2021): squared L2, image priors, batch-norm statistics, group consistency.
+
+    Departures: the batch-norm term is left out for a model without batch norm; the group's mean is
+    taken without registration (`priors.group_consistency`).
+
+    Args:
+      model: the model.
+      total_variation: weight of the isotropic total variation.
+      l2: weight of the mean squared value.
+      batch_norm: weight of the batch-norm statistics.
+      group: weight of the distance to the mean of the restarts.
+      learning_rate: of Adam with cosine decay.
+      num_steps: steps.
+      restarts: members of the group.
+      labels: `recovered` by the last layer's row minima, as published.
+      **settings: of `gradient_matching`.
+
+    Returns:
+      The attack.
+    """
+    terms = [priors.total_variation(total_variation, "isotropic"), priors.l2(l2)]
+    if restarts > 1:
+        terms.append(priors.group_consistency(group))
+    if model.statistics is not None:
+        terms.append(priors.batch_norm_statistics(model, batch_norm))
+    settings = {
+        "objective": objectives.squared_l2(),
+        "prior": priors.combine(*terms),
+        "optimizer": optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps)),
+        **settings,
+    }
+    return gradient_matching(
+        model, num_steps=num_steps, restarts=restarts, labels=labels, **settings
+    )
+
+
+def bayes(
+    model: Model,
+    defense: Defense,
+    prior: priors.Prior | None = None,
+    *,
+    learning_rate: float = 0.1,
+    num_steps: int = 1000,
+    restarts: int = 1,
+    labels: Labels = "known",
+    **settings,
+) -> Attack:
+    """The adversary that knows the defence: maximum a posteriori under its channel and a prior.
+
+    Balunovic et al. 2022, as their released attack runs it (the ball of radius delta shrunk to a
+    point). The likelihood has weight one: their annealing costs about a decibel.
+
+    Args:
+      model: the model.
+      defense: the client's defence; its likelihood is the data term.
+      prior: on the inputs; uniform by default.
+      learning_rate: of Adam with cosine decay.
+      num_steps: steps.
+      restarts: independent starts.
+      labels: `known`, `recovered` or `joint`.
+      **settings: of `gradient_matching`.
+
+    Returns:
+      The attack.
+    """
+    settings = {
+        "objective": objectives.matched(defense),
+        "optimizer": optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps)),
+        "constraint": priors.project_to_box,
+        "initializer": normal(),
+        **settings,
+    }
+    return gradient_matching(
+        model, prior=prior, num_steps=num_steps, restarts=restarts, labels=labels, **settings
+    )

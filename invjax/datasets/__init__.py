@@ -1,0 +1,36 @@
+"""Data sets: the embedded digits, and readers of the usual files.
+
+Every reader returns one `Dataset`; `load` finds a reader by name, `draw` picks victims.
+"""
+
+from invjax.datasets.files import cifar10_binary as cifar10_binary
+from invjax.datasets.files import cifar10_python as cifar10_python
+from invjax.datasets.files import idx as idx
+from invjax.datasets.files import image_folder as image_folder
+from invjax.datasets.files import npz as npz
+from invjax.datasets.load import digits as digits
+from invjax.datasets.load import load as load
+from invjax.datasets.types import Dataset as Dataset
+from invjax.datasets.types import DatasetError as DatasetError
+from invjax.datasets.types import denormalize as denormalize
+from invjax.datasets.types import draw as draw
+from invjax.datasets.types import from_arrays as from_arrays
+from invjax.datasets.types import normalized as normalized
+from invjax.datasets.types import take as take
+
+__all__ = [
+    "Dataset",
+    "DatasetError",
+    "cifar10_binary",
+    "cifar10_python",
+    "denormalize",
+    "digits",
+    "draw",
+    "from_arrays",
+    "idx",
+    "image_folder",
+    "load",
+    "normalized",
+    "npz",
+    "take",
+]

@@ -1,0 +1,154 @@
+"""The one host loop: runs any attack in compiled chunks, with progress, early stop and interruption."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from invjax import conv
+from invjax.base import Array, Attack, Observation, Reconstruction
+
+
+class Progress(NamedTuple):
+    """What a caller is told between chunks.
+
+    Attributes:
+      step: steps done.
+      num_steps: steps at most.
+      objective: the attack's best objective so far, `[]`, or `[N]` over victims; `None` for a closed form.
+    """
+
+    step: int
+    num_steps: int
+    objective: np.ndarray | None
+
+
+Run = Callable[..., Reconstruction]
+
+
+def chunk_size(attack: Attack, observation: Observation, state, backend: str | None = None) -> int:
+    """Steps in one compiled call.
+
+    A CPU runs `lax.conv` derivatives inside a compiled loop up to a hundred times slower than
+    outside, so an attack that keeps them goes one step a call; everything else goes in chunks.
+
+    Args:
+      attack: the attack.
+      observation: what it will be given.
+      state: its state, or the shapes of it.
+      backend: `cpu`, `gpu` or `tpu`; the present one where `None`.
+
+    Returns:
+      1 or 50.
+    """
+    backend = jax.default_backend() if backend is None else backend
+    slow = backend == "cpu" and conv.keeps_lax_conv(attack.step, observation, state)
+    return 1 if slow else 50
+
+
+def runner(attack: Attack, *, batched: bool = False, chunk: int | None = None) -> Run:
+    """Compile an attack once, for many observations of the same shapes.
+
+    Args:
+      attack: the attack.
+      batched: whether keys and observations carry a leading axis of victims.
+      chunk: steps in one compiled call; chosen by backend where `None`.
+
+    Returns:
+      `run(key, observation, on_chunk=None) -> Reconstruction`. `on_chunk(progress)` is called on the
+      host between chunks. A `KeyboardInterrupt` ends the loop and returns the best so far with
+      `diagnostics["interrupted"]` true.
+
+    Raises:
+      ValueError: a chunk smaller than 1.
+    """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}.")
+
+    def vectorized(function: Callable) -> Callable:
+        return jax.vmap(function) if batched else function
+
+    init = jax.jit(vectorized(attack.init))
+    step = vectorized(attack.step)
+    result = jax.jit(vectorized(attack.result))
+    one = jax.jit(step, donate_argnums=1)
+
+    def several(observation, state, count):
+        return jax.lax.fori_loop(0, count, lambda _, state: step(observation, state), state)
+
+    many = jax.jit(several, donate_argnums=1)
+    summary = jax.jit(
+        lambda state: (
+            None if attack.objective is None else vectorized(attack.objective)(state),
+            jnp.zeros((), bool) if attack.done is None else vectorized(attack.done)(state).all(),
+        )
+    )
+
+    def run(
+        key: Array,
+        observation: Observation,
+        on_chunk: Callable[[Progress], None] | None = None,
+    ) -> Reconstruction:
+        state = init(key, observation)
+        # A start may share buffers between fields, and donation wants each but once.
+        state = jax.tree.map(jnp.copy, state)
+        size = chunk
+        if size is None and attack.num_steps:
+            size = chunk_size(
+                attack._replace(step=step), observation, jax.eval_shape(lambda s: s, state)
+            )
+        done_steps, interrupted = 0, False
+        try:
+            while done_steps < attack.num_steps:
+                count = min(size or 1, attack.num_steps - done_steps)
+                following = (
+                    one(observation, state) if size == 1 else many(observation, state, count)
+                )
+                state, done_steps = following, done_steps + count
+                if size == 1 and done_steps % 50 and done_steps < attack.num_steps:
+                    continue
+                objective, done = summary(state)
+                if on_chunk is not None:
+                    on_chunk(
+                        Progress(
+                            done_steps,
+                            attack.num_steps,
+                            None if objective is None else np.asarray(objective),
+                        )
+                    )
+                if bool(done):
+                    break
+        except KeyboardInterrupt:
+            interrupted = True
+        reconstruction = result(observation, state)
+        diagnostics = {**reconstruction.diagnostics, "interrupted": interrupted}
+        return reconstruction._replace(diagnostics=diagnostics)
+
+    return run
+
+
+def run(
+    attack: Attack,
+    key: Array,
+    observation: Observation,
+    *,
+    batched: bool = False,
+    chunk: int | None = None,
+    on_chunk: Callable[[Progress], None] | None = None,
+) -> Reconstruction:
+    """Run an attack once from the host; `runner` where it runs many times.
+
+    Args:
+      attack: the attack.
+      key: a PRNG key (keys where batched).
+      observation: an observation (stacked where batched).
+      batched: whether these carry a leading axis of victims.
+      chunk: steps in one compiled call; chosen by backend where `None`.
+      on_chunk: called between chunks with the progress.
+
+    Returns:
+      The reconstruction.
+    """
+    return runner(attack, batched=batched, chunk=chunk)(key, observation, on_chunk)

@@ -27,6 +27,7 @@ def im2col_conv(
     batch_group_count: int = 1,
     precision: Any = None,
     preferred_element_type: Any = None,
+    **options: Any,
 ) -> Array:
     """`lax.conv_general_dilated` for NHWC images, as strided slices and one matrix product.
 
@@ -45,6 +46,7 @@ def im2col_conv(
       batch_group_count: as in `lax`.
       precision: as in `lax`.
       preferred_element_type: as in `lax`.
+      **options: whatever else `lax` takes (a sharding, say).
 
     Returns:
       `[N, H', W', out]`.
@@ -54,6 +56,7 @@ def im2col_conv(
         and feature_group_count == batch_group_count == 1
         and _all_ones(lhs_dilation)
         and _all_ones(rhs_dilation)
+        and all(option is None for option in options.values())
         and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
         == lax.conv_dimension_numbers(lhs.shape, rhs.shape, ("NHWC", "HWIO", "NHWC"))
     )
@@ -70,6 +73,7 @@ def im2col_conv(
             batch_group_count=batch_group_count,
             precision=precision,
             preferred_element_type=preferred_element_type,
+            **options,
         )
     height, width, channels, out = rhs.shape
     if isinstance(padding, str):

@@ -1,3 +1,46 @@
-"""invjax: reconstruction of private data from shared gradients, as an inverse problem, in JAX."""
+"""invjax: reconstruction of private data from shared gradients, as an inverse problem, in JAX.
+
+private batch x ──G──▶ gradient ──D──▶ observation y ──A──▶ reconstruction x̂
+"""
+
+from invjax import attacks as attacks
+from invjax import datasets as datasets
+from invjax import defenses as defenses
+from invjax import driver as driver
+from invjax import gradients as gradients
+from invjax import metrics as metrics
+from invjax import models as models
+from invjax.attacks.matching import priors as priors
+from invjax.base import Attack as Attack
+from invjax.base import Batch as Batch
+from invjax.base import Defense as Defense
+from invjax.base import Facts as Facts
+from invjax.base import LocalTraining as LocalTraining
+from invjax.base import Model as Model
+from invjax.base import Observation as Observation
+from invjax.base import Reconstruction as Reconstruction
+from invjax.defenses.base import chain as chain
+from invjax.observe import observe as observe
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Attack",
+    "Batch",
+    "Defense",
+    "Facts",
+    "LocalTraining",
+    "Model",
+    "Observation",
+    "Reconstruction",
+    "attacks",
+    "chain",
+    "datasets",
+    "defenses",
+    "driver",
+    "gradients",
+    "metrics",
+    "models",
+    "observe",
+    "priors",
+]

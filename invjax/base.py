@@ -174,8 +174,12 @@ class Model(NamedTuple):
     with_convolution: Callable[[Callable[..., Array]], "Model"] | None = None
 
 
-class Attack(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Attack:
     """An estimator of the private batch from an observation, as three pure functions.
+
+    A dataclass and no NamedTuple, because `jax.jit(attack)` needs a weak reference to it, which
+    Python gives to no tuple.
 
     Attributes:
       init: `init(key, observation) -> state`.

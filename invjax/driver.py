@@ -1,5 +1,7 @@
 """The one host loop: runs any attack in compiled chunks, with progress, early stop and interruption."""
 
+import dataclasses
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -41,11 +43,11 @@ def chunk_size(attack: Attack, observation: Observation, state, backend: str | N
       backend: `cpu`, `gpu` or `tpu`; the present one where `None`.
 
     Returns:
-      1 or 50.
+      1, or 256: a chunk never holds more.
     """
     backend = jax.default_backend() if backend is None else backend
     slow = backend == "cpu" and conv.keeps_lax_conv(attack.step, observation, state)
-    return 1 if slow else 50
+    return 1 if slow else 256
 
 
 def runner(attack: Attack, *, batched: bool = False, chunk: int | None = None) -> Run:
@@ -92,37 +94,36 @@ def runner(attack: Attack, *, batched: bool = False, chunk: int | None = None) -
         on_chunk: Callable[[Progress], None] | None = None,
     ) -> Reconstruction:
         state = init(key, observation)
-        # A start may share buffers between fields, and donation wants each but once.
+        # Donation wants every buffer once, and a start may share some between fields.
         state = jax.tree.map(jnp.copy, state)
-        size = chunk
-        if size is None and attack.num_steps:
-            size = chunk_size(
-                attack._replace(step=step), observation, jax.eval_shape(lambda s: s, state)
-            )
-        done_steps, interrupted = 0, False
+        # Compiled now, so that an interruption need not wait for it.
+        reconstruction = result(observation, state)
+        largest = chunk
+        if chunk is None and attack.num_steps:
+            largest = chunk_size(dataclasses.replace(attack, step=step), observation, state)
+        steps, count, interrupted = 0, chunk or 1, False
         try:
-            while done_steps < attack.num_steps:
-                count = min(size or 1, attack.num_steps - done_steps)
-                following = (
-                    one(observation, state) if size == 1 else many(observation, state, count)
-                )
-                state, done_steps = following, done_steps + count
-                if size == 1 and done_steps % 50 and done_steps < attack.num_steps:
-                    continue
-                objective, done = summary(state)
+            while steps < attack.num_steps:
+                started = time.perf_counter()
+                count = min(count, attack.num_steps - steps)
+                if largest == 1:
+                    for _ in range(count):
+                        state = one(observation, state)
+                else:
+                    state = many(observation, state, count)
+                steps += count
+                objective, done = jax.tree.map(np.asarray, summary(state))
                 if on_chunk is not None:
-                    on_chunk(
-                        Progress(
-                            done_steps,
-                            attack.num_steps,
-                            None if objective is None else np.asarray(objective),
-                        )
-                    )
-                if bool(done):
+                    on_chunk(Progress(steps, attack.num_steps, objective))
+                if done:
                     break
+                if chunk is None and time.perf_counter() - started < 0.1:
+                    # Chunks grow while they are quick, so that the host neither idles nor waits.
+                    count = min(2 * count, 256)
         except KeyboardInterrupt:
             interrupted = True
-        reconstruction = result(observation, state)
+        if steps:
+            reconstruction = result(observation, state)
         diagnostics = {**reconstruction.diagnostics, "interrupted": interrupted}
         return reconstruction._replace(diagnostics=diagnostics)
 

@@ -3,3 +3,29 @@
 `matching` holds gradient matching and its presets, `labels` the recovery of labels alone. Every
 attack is an `invjax.base.Attack`: pure, `jit`- and `vmap`-able.
 """
+
+from invjax.attacks import labels as labels
+from invjax.attacks.by_name import by_name as by_name
+from invjax.attacks.by_name import needs_labels as needs_labels
+from invjax.attacks.matching import bayes as bayes
+from invjax.attacks.matching import dlg as dlg
+from invjax.attacks.matching import gradient_matching as gradient_matching
+from invjax.attacks.matching import gradinversion as gradinversion
+from invjax.attacks.matching import idlg as idlg
+from invjax.attacks.matching import inverting_gradients as inverting_gradients
+from invjax.attacks.matching import objectives as objectives
+from invjax.attacks.matching import tag as tag
+
+__all__ = [
+    "bayes",
+    "by_name",
+    "dlg",
+    "gradient_matching",
+    "gradinversion",
+    "idlg",
+    "inverting_gradients",
+    "labels",
+    "needs_labels",
+    "objectives",
+    "tag",
+]

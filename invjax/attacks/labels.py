@@ -49,7 +49,9 @@ def find_head(model: Model, tree: PyTree) -> tuple[Array, Array | None]:
     if len(weights) != 1:
         raise _no_head(f"{len(weights)} leaves have that shape", classes)
     ((path, weight),) = weights
-    biases = [leaf for other, leaf in leaves if other[:-1] == path[:-1] and leaf.shape == (classes,)]
+    biases = [
+        leaf for other, leaf in leaves if other[:-1] == path[:-1] and leaf.shape == (classes,)
+    ]
     if len(biases) > 1:
         raise _no_head(f"{len(biases)} leaves beside it could be its bias", classes)
     return weight, biases[0] if biases else None
@@ -304,8 +306,8 @@ def _head_gradient(
 
 def _estimate(weight: Array, bias: Array | None, dummy: _DummyHead, batch_size: int) -> Array:
     if bias is None:
-        total = dummy.feature_sum
-        bias = weight.sum(axis=0) / jnp.where(total == 0, 1.0, total)
+        total = dummy.feature_sum @ dummy.feature_sum
+        bias = (dummy.feature_sum @ weight) / jnp.where(total == 0, 1.0, total)
     return batch_size * (dummy.probabilities - bias)
 
 
@@ -341,14 +343,14 @@ def _dummy_head(model: Model, observation: Observation, head: Head | None) -> _D
         features = _features(model, params, inputs, head)
         return _DummyHead(
             probabilities=jax.nn.softmax(logits).mean(axis=0),
-            feature_sum=features.sum(axis=1).mean(),
+            feature_sum=features.mean(axis=0),
             nonnegative=(features >= 0).all(),
         )
 
     along = jax.vmap(at)(jnp.arange(points) / points)
     return _DummyHead(
         probabilities=along.probabilities.mean(axis=0),
-        feature_sum=along.feature_sum.mean(),
+        feature_sum=along.feature_sum.mean(axis=0),
         nonnegative=along.nonnegative.all(),
     )
 

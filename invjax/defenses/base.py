@@ -144,7 +144,11 @@ def chain(*defenses: Defense, key: Array | None = None) -> Defense:
                 f"invjax.chain composes defences, got {defense!r}; compose it with an optimizer by "
                 "optax.chain(invjax.chain(...), optimizer)."
             )
-    return from_stages(*(stage for defense in defenses for stage in defense.stages), key=key)
+    return from_stages(
+        *(stage for defense in defenses for stage in defense.stages),
+        name=",".join(defense.name for defense in defenses),
+        key=key,
+    )
 
 
 def _mean(gradients: PyTree) -> PyTree:

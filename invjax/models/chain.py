@@ -114,8 +114,7 @@ class Chain(nnx.Module):
         for index, spec in enumerate(specs):
             if spec.kind == "conv":
                 side = [
-                    (size + 2 * spec.padding - spec.window) // spec.stride + 1
-                    for size in shape[:2]
+                    (size + 2 * spec.padding - spec.window) // spec.stride + 1 for size in shape[:2]
                 ]
                 if min(side) < 1:
                     raise ValueError(
@@ -150,7 +149,9 @@ class Chain(nnx.Module):
                 shape = (*shape[:-1], spec.features)
             else:
                 probe = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-                shape = jax.eval_shape(lambda x, spec=spec: reshape_or_pool(spec, x), probe).shape[1:]
+                shape = jax.eval_shape(lambda x, spec=spec: reshape_or_pool(spec, x), probe).shape[
+                    1:
+                ]
                 if 0 in shape:
                     raise ValueError(
                         f"Inputs of shape {tuple(input_shape)} are too small: layer {index} "

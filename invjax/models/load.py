@@ -57,7 +57,8 @@ def save_params(path: str | pathlib.Path, params: Params) -> None:
     path = pathlib.Path(path)
     temporary = path.with_name(path.name + ".partial")
     arrays = {
-        jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree.leaves_with_path(params)
+        jax.tree_util.keystr(name): np.asarray(leaf)
+        for name, leaf in jax.tree.leaves_with_path(params)
     }
     try:
         with open(temporary, "wb") as file:
@@ -97,9 +98,7 @@ def load_params(path: str | pathlib.Path, like: Params) -> Params:
         )
     for name, shape in expected.items():
         if arrays[name].shape != shape:
-            raise ValueError(
-                f"{path}: {name} must have shape {shape}, found {arrays[name].shape}."
-            )
+            raise ValueError(f"{path}: {name} must have shape {shape}, found {arrays[name].shape}.")
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"{path}: {name} must be finite, found NaN or infinity.")
     leaves = [

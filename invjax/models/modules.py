@@ -128,9 +128,7 @@ def zoo_model(
         return functions(tuple(inputs.shape[1:]))[2](params, inputs)
 
     def with_convolution(conv: Callable[..., Array]) -> Model:
-        return zoo_model(
-            build, num_classes, name, layers=layers, batch_norm=batch_norm, conv=conv
-        )
+        return zoo_model(build, num_classes, name, layers=layers, batch_norm=batch_norm, conv=conv)
 
     return Model(
         init,

@@ -1,4 +1,4 @@
-"""Gradient matching: one loop, its data terms (likelihoods), priors, and the published attacks as presets."""
+"""Gradient matching: one loop, its data terms, priors, and the published attacks as presets."""
 
 from invjax.attacks.matching import objectives as objectives
 from invjax.attacks.matching import priors as priors

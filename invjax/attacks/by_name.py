@@ -1,0 +1,60 @@
+"""Attacks by name, as the command line takes them."""
+
+import inspect
+from typing import Any
+
+from invjax import calls
+from invjax.attacks.matching import presets
+from invjax.base import Attack, Defense, Model
+
+_KNOWN = {
+    function.__name__: function
+    for function in (
+        presets.bayes,
+        presets.dlg,
+        presets.gradinversion,
+        presets.idlg,
+        presets.inverting_gradients,
+        presets.tag,
+    )
+}
+
+
+def by_name(text: str, model: Model, defense: Defense, **settings: Any) -> Attack:
+    """An attack from text.
+
+    Args:
+      text: a name, perhaps with settings: `dlg`, `inverting_gradients(total_variation=0.1)`.
+      model: the model under attack.
+      defense: the client's defence, for attacks that know it.
+      **settings: for the attack; those in the text win.
+
+    Returns:
+      The attack.
+
+    Raises:
+      ValueError: an unknown name (the message lists the known ones) or setting.
+    """
+    bound = {
+        name: lambda *args, make=make, **kwargs: make(model, *args, **kwargs)
+        for name, make in _KNOWN.items()
+    }
+    bound["bayes"] = lambda *args, **kwargs: presets.bayes(model, defense, *args, **kwargs)
+    attacks = calls.build(text, bound, "attack", **settings)
+    if len(attacks) != 1:
+        raise ValueError(f"Name one attack, got {len(attacks)} in {text!r}.")
+    return attacks[0]
+
+
+def needs_labels(text: str) -> bool:
+    """Whether an attack reads the labels by default, so that an experiment must grant them.
+
+    Args:
+      text: as for `by_name`.
+
+    Returns:
+      True where its `labels` setting is `known`.
+    """
+    ((name, _, settings),) = calls.parse(text, "attack")
+    default = inspect.signature(calls.resolve(name, _KNOWN, "attack")).parameters["labels"].default
+    return settings.get("labels", default) == "known"

@@ -1,0 +1,184 @@
+"""Draw victims, observe them, attack them, measure: one attack on many batches."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from invjax import datasets, driver, metrics
+from invjax.base import Array, Attack, Batch, Defense, Model, Params
+from invjax.observe import observe
+
+
+class Experiment(NamedTuple):
+    """What is attacked, and how.
+
+    Attributes:
+      dataset: where the victims come from.
+      model: the model.
+      params: its parameters, one set for all victims.
+      defense: the clients' defence.
+      attack: the attack.
+      batch_size: samples of one victim.
+      num_victims: batches to attack, each on its own.
+      grant_labels: whether the adversary is told the labels.
+      seed: of the victims, the defence and the attack.
+    """
+
+    dataset: datasets.Dataset
+    model: Model
+    params: Params
+    defense: Defense
+    attack: Attack
+    batch_size: int
+    num_victims: int
+    grant_labels: bool
+    seed: int
+
+
+class Outcome(NamedTuple):
+    """What came out, for `N` victims of `B` samples.
+
+    Attributes:
+      truth: `[N, B, ...]` private inputs, raw units.
+      labels: `[N, B]` private labels.
+      reconstruction: `[N, B, ...]`, matched to the truth.
+      recovered_labels: `[N, B]`, matched likewise.
+      trace: `[N, T]` best objective after every step.
+      rows: a dict a sample: victim, sample, metrics, baselines.
+      interrupted: whether the attack was stopped early.
+      seconds: wall time of the attacks, compilation included.
+    """
+
+    truth: np.ndarray
+    labels: np.ndarray
+    reconstruction: np.ndarray
+    recovered_labels: np.ndarray
+    trace: np.ndarray
+    rows: list[dict[str, Any]]
+    interrupted: bool
+    seconds: float
+
+
+def draw_victims(experiment: Experiment) -> Batch:
+    """The private batches `[N, B, ...]` of an experiment; the same for the same seed.
+
+    Args:
+      experiment: says how many and from where.
+
+    Returns:
+      Stacked batches. A sample occurs once only.
+
+    Raises:
+      ValueError: more samples than the data set holds.
+    """
+    total = experiment.num_victims * experiment.batch_size
+    key = jax.random.fold_in(jax.random.key(experiment.seed), 0)
+    batch = datasets.draw(key, experiment.dataset, total)
+    shape = (experiment.num_victims, experiment.batch_size)
+    return jax.tree.map(lambda leaf: leaf.reshape(shape + leaf.shape[1:]), batch)
+
+
+def attack_victims(
+    experiment: Experiment, on_chunk: Callable[[driver.Progress], None] | None = None
+) -> Outcome:
+    """Attack every victim, all of them in one vmapped run.
+
+    Samples are matched to the truth by the least squared error afterwards; nothing else looks at it.
+
+    Args:
+      experiment: what to do.
+      on_chunk: called between chunks of steps with the progress.
+
+    Returns:
+      The outcome; of an interrupted attack, the best so far.
+    """
+    started = time.perf_counter()
+    victims = draw_victims(experiment)
+    root = jax.random.key(experiment.seed)
+    observe_keys, attack_keys = (
+        jax.random.split(jax.random.fold_in(root, purpose), experiment.num_victims)
+        for purpose in (1, 2)
+    )
+
+    def watch(key: Array, batch: Batch):
+        return observe(
+            key,
+            experiment.model,
+            experiment.params,
+            batch,
+            experiment.defense,
+            input_range=experiment.dataset.value_range,
+            grant_labels=experiment.grant_labels,
+        )
+
+    observations = jax.jit(jax.vmap(watch))(observe_keys, victims)
+    reconstruction = driver.run(
+        experiment.attack, attack_keys, observations, batched=True, on_chunk=on_chunk
+    )
+    order = jax.vmap(metrics.match)(reconstruction.inputs, victims.inputs)
+    inputs, labels, found = (
+        np.asarray(jax.vmap(lambda leaf, index: leaf[index])(leaf, order))
+        for leaf in (reconstruction.inputs, reconstruction.labels, reconstruction.found)
+    )
+    truth = np.asarray(victims.inputs)
+    rows = measure(experiment.dataset, truth, inputs)
+    for index, row in enumerate(rows):
+        victim, sample = divmod(index, experiment.batch_size)
+        row["victim"], row["sample"] = victim, sample
+        row["label"] = int(victims.labels[victim, sample])
+        row["recovered_label"] = int(labels[victim, sample])
+        row["label_right"] = row["label"] == row["recovered_label"]
+        row["found"] = bool(found[victim, sample])
+        row["objective"] = float(reconstruction.objective[victim])
+    trace = reconstruction.diagnostics.get("trace")
+    return Outcome(
+        truth=truth,
+        labels=np.asarray(victims.labels),
+        reconstruction=inputs,
+        recovered_labels=labels,
+        trace=np.zeros((experiment.num_victims, 0)) if trace is None else best_so_far(trace),
+        rows=rows,
+        interrupted=bool(reconstruction.diagnostics["interrupted"]),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def measure(
+    dataset: datasets.Dataset, truth: np.ndarray, reconstruction: np.ndarray
+) -> list[dict[str, Any]]:
+    """Metrics and baselines of every sample.
+
+    Args:
+      dataset: says the value range and the mean image (over the whole set).
+      truth: `[N, B, ...]`.
+      reconstruction: `[N, B, ...]`, matched to the truth.
+
+    Returns:
+      `N * B` dicts, victim by victim.
+    """
+    low, high = (float(np.mean(bound)) for bound in dataset.value_range)
+    flat = [jnp.asarray(side).reshape(-1, *side.shape[2:]) for side in (truth, reconstruction)]
+    columns = {
+        "psnr": metrics.psnr(flat[1], flat[0], data_range=high - low),
+        "mse": metrics.mse(flat[1], flat[0]),
+    }
+    if flat[0].ndim == 4:
+        columns["ssim"] = metrics.ssim(flat[1], flat[0], data_range=high - low)
+    mean_image = jnp.asarray(dataset.inputs.mean(axis=0))
+    guesses = metrics.baselines(flat[0], mean_image, value_range=(low, high))
+    columns |= {f"baseline_{name}_psnr": value for name, value in guesses.items()}
+    arrays = {name: np.asarray(value) for name, value in columns.items()}
+    return [{name: float(value[i]) for name, value in arrays.items()} for i in range(len(flat[0]))]
+
+
+def best_so_far(trace: Any) -> np.ndarray:
+    """Objective of the best restart after every step, `[N, T]`; steps that nobody ran are cut off."""
+    trace = np.asarray(trace)
+    finite = np.where(np.isfinite(trace), trace, np.inf)
+    best = np.minimum.accumulate(finite.min(axis=1), axis=1)
+    ran = np.isfinite(trace).any(axis=(0, 1))
+    return best[:, : int(np.flatnonzero(ran).max(initial=0)) + 1]

@@ -1,0 +1,7 @@
+"""Figures, and one self-contained HTML page, of what an attack brought back."""
+
+from invjax.report.figures import comparison as comparison
+from invjax.report.figures import objective_curves as objective_curves
+from invjax.report.page import attack_page as attack_page
+
+__all__ = ["attack_page", "comparison", "objective_curves"]

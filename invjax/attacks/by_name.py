@@ -1,13 +1,14 @@
 """Attacks by name, as the command line takes them."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from invjax import calls
 from invjax.attacks.matching import presets
 from invjax.base import Attack, Defense, Model
 
-_KNOWN = {
+_KNOWN: dict[str, Callable[..., Attack]] = {
     function.__name__: function
     for function in (
         presets.bayes,
@@ -35,11 +36,11 @@ def by_name(text: str, model: Model, defense: Defense, **settings: Any) -> Attac
     Raises:
       ValueError: an unknown name (the message lists the known ones) or setting.
     """
-    bound = {
+    bound: dict[str, Callable[..., Attack]] = {
         name: lambda *args, make=make, **kwargs: make(model, *args, **kwargs)
         for name, make in _KNOWN.items()
     }
-    bound["bayes"] = lambda *args, **kwargs: presets.bayes(model, defense, *args, **kwargs)
+    bound["bayes"] = lambda *args, **kwargs: _KNOWN["bayes"](model, defense, *args, **kwargs)
     attacks = calls.build(text, bound, "attack", **settings)
     if len(attacks) != 1:
         raise ValueError(f"Name one attack, got {len(attacks)} in {text!r}.")

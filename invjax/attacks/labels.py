@@ -121,11 +121,13 @@ def estimate_counts(
     """How often every class occurs, as real numbers (Dimitrov et al. 2022).
 
     `B (p_c - b_c)` with the bias gradient `b`; without a bias `B (p_c - w_c / o)`, where `w` sums
-    the weight gradient over features and `o` sums the mean feature. The mean probabilities `p` and
+    the weight gradient over features and `o` sums the mean feature (features of both signs would
+    cancel: their projection on the mean feature then stands for their sum). The mean probabilities `p` and
     the features are those of the model on dummy inputs: the auxiliary data where the adversary has
     some, else uniform noise of the input range (the paper: normal noise). In a federated round they
     are averaged along the line from the sent to the returned parameters, as in the paper, at
-    8 points at most. The bias form is not in the paper; it is the more accurate one.
+    8 points at most. The bias form and the projection are not in the paper; the bias form is the
+    more accurate one.
 
     Args:
       model: the model, with a dense head under softmax cross-entropy.
@@ -273,10 +275,10 @@ def estimate_batch_size(
 
 
 class _DummyHead(NamedTuple):
-    """The head on dummy inputs: mean probabilities `[C]`, summed mean feature, sign of features."""
+    """The head on dummy inputs: mean probabilities `[C]`, mean feature `[in]`, whether none is negative."""
 
     probabilities: Array
-    feature_sum: Array
+    feature: Array
     nonnegative: Array
 
 
@@ -306,8 +308,10 @@ def _head_gradient(
 
 def _estimate(weight: Array, bias: Array | None, dummy: _DummyHead, batch_size: int) -> Array:
     if bias is None:
-        total = dummy.feature_sum @ dummy.feature_sum
-        bias = (dummy.feature_sum @ weight) / jnp.where(total == 0, 1.0, total)
+        # Summed features, or where they have both signs their projection on the mean, act as a bias.
+        direction = jnp.where(dummy.nonnegative, 1.0, dummy.feature)
+        scale = direction @ dummy.feature
+        bias = (direction @ weight) / jnp.where(scale == 0, 1.0, scale)
     return batch_size * (dummy.probabilities - bias)
 
 
@@ -343,14 +347,14 @@ def _dummy_head(model: Model, observation: Observation, head: Head | None) -> _D
         features = _features(model, params, inputs, head)
         return _DummyHead(
             probabilities=jax.nn.softmax(logits).mean(axis=0),
-            feature_sum=features.mean(axis=0),
+            feature=features.mean(axis=0),
             nonnegative=(features >= 0).all(),
         )
 
     along = jax.vmap(at)(jnp.arange(points) / points)
     return _DummyHead(
         probabilities=along.probabilities.mean(axis=0),
-        feature_sum=along.feature_sum.mean(axis=0),
+        feature=along.feature.mean(axis=0),
         nonnegative=along.nonnegative.all(),
     )
 
@@ -363,11 +367,12 @@ def _features(model: Model, params: Params, inputs: Array, head: Head | None) ->
 
     weight, embed = jax.vjp(weight_of, params)
 
-    def first_logit(column: Array) -> Array:
+    def first_logit(column: Array, one: Array) -> Array:
         (step,) = embed(jnp.zeros_like(weight).at[:, 0].set(column))
-        return model.apply(jax.tree.map(jnp.add, params, step), inputs)[:, 0]
+        return model.apply(jax.tree.map(jnp.add, params, step), one[None])[0, 0]
 
-    return jax.jacrev(first_logit)(jnp.zeros(weight.shape[0], weight.dtype))
+    zero = jnp.zeros(weight.shape[0], weight.dtype)
+    return jax.vmap(jax.grad(first_logit), in_axes=(None, 0))(zero, inputs)
 
 
 def _dummy_inputs(observation: Observation) -> Array:

@@ -90,7 +90,7 @@ def _blocks(x: Array, window: int) -> Array:
     return x.reshape(x.shape[0], height, window, width, window, x.shape[3])
 
 
-def make_norm(kind: str, features: int, rngs: nnx.Rngs) -> nnx.Module | None:
+def make_norm(kind: str, features: int, rngs: nnx.Rngs) -> Any:
     """A normalisation layer by name, or `None`."""
     if kind == "batch":
         return nnx.BatchNorm(features, rngs=rngs)

@@ -4,6 +4,7 @@ import os
 import pathlib
 import zipfile
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from invjax import calls
 from invjax.base import Model, Params
 from invjax.models import resnet, zoo
 
-_ZOO = {
+_ZOO: dict[str, Callable[..., Model]] = {
     function.__name__: function
     for function in (
         zoo.mlp,

@@ -199,7 +199,7 @@ def gradient_matching(
         updates, optimizer_state = optimizer.update(
             gradient, optimizer_state, variables, value=value, grad=gradient, value_fn=value_fn
         )
-        variables = optax.apply_updates(variables, updates)
+        variables: Any = optax.apply_updates(variables, updates)
         if constraint is not None:
             inputs = constraint(variables["inputs"], context.observation)
             variables = {**variables, "inputs": inputs}

@@ -8,6 +8,7 @@ through `vmap`. Behaviours (`Model`, `Attack`, `Defense`) hold functions and are
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -188,6 +189,8 @@ class Attack:
       num_steps: how many steps at most; 0 for a closed form, which does its work in `init`.
       done: `done(state) -> bool scalar`: nothing is left to gain; `None` where only `num_steps` ends it.
       objective: `objective(state) -> scalar`, for progress; `None` for a closed form.
+      check: `check(observation)` raises a `ValueError` on what the attack cannot use; it looks at
+        values where they are concrete and at shapes otherwise.
     """
 
     init: Callable[[Array, Observation], Any]
@@ -196,6 +199,7 @@ class Attack:
     num_steps: int = 0
     done: Callable[[Any], Array] | None = None
     objective: Callable[[Any], Array] | None = None
+    check: Callable[[Observation], None] | None = None
 
     def __call__(self, key: Array, observation: Observation) -> Reconstruction:
         """Run the whole attack: pure and traceable, so `jit` and `vmap` apply.
@@ -206,21 +210,32 @@ class Attack:
 
         Returns:
           The reconstruction.
+
+        Raises:
+          ValueError: an observation that the attack cannot use.
         """
-        state = self.init(key, observation)
-        if self.num_steps:
+        if self.check is not None:
+            self.check(observation)
+        return _run_attack(self, key, observation)
 
-            def unfinished(carry):
-                count, state = carry
-                more = count < self.num_steps
-                return more if self.done is None else more & ~self.done(state)
 
-            def advance(carry):
-                count, state = carry
-                return count + 1, self.step(observation, state)
+@functools.partial(jax.jit, static_argnums=0)
+def _run_attack(attack: Attack, key: Array, observation: Observation) -> Reconstruction:
+    state = attack.init(key, observation)
+    if not attack.num_steps:
+        return attack.result(observation, state)
 
-            _, state = jax.lax.while_loop(unfinished, advance, (0, state))
-        return self.result(observation, state)
+    def unfinished(carry):
+        count, state = carry
+        more = count < attack.num_steps
+        return more if attack.done is None else more & ~attack.done(state)
+
+    def advance(carry):
+        count, state = carry
+        return count + 1, attack.step(observation, state)
+
+    _, state = jax.lax.while_loop(unfinished, advance, (0, state))
+    return attack.result(observation, state)
 
 
 Stage = Literal["per_sample", "aggregate"]

@@ -42,7 +42,7 @@ class AttackConfig:
 
     invjax attack --defense 'clip(1.0),gaussian(0.01)' --attack bayes
 
-    invjax attack --dataset cifar10 --data-dir DIR --attack 'inverting_gradients(total_variation=0.01)'
+    invjax attack --dataset cifar10 --data-dir DIR --attack 'inverting_gradients(restarts=4)'
     """
 
     dataset: str = "digits"
@@ -62,7 +62,7 @@ class AttackConfig:
     num_victims: int = 8
     """Gradients to attack, each on its own."""
     restarts: int | None = None
-    """Independent starts of the attack, the best by its own objective counts; its own if not given."""
+    """Independent starts; the best by the attack's own objective counts; its own if not given."""
     steps: int | None = None
     """Steps of the attack, at most; its own if not given."""
     labels: Literal["known", "recovered", "joint"] | None = None
@@ -251,7 +251,7 @@ def interruptible(
         disable=not console.is_terminal,
     )
     task = bar.add_task("compiling", total=None)
-    printed = [0.0]
+    printed = [-1.0]
 
     def on_chunk(progress: driver.Progress) -> None:
         if stop.is_set():
@@ -262,7 +262,7 @@ def interruptible(
         share = progress.step / progress.num_steps
         if not console.is_terminal and share >= printed[0] + 0.1:
             printed[0] = share
-            console.print(f"step {progress.step} of {progress.num_steps}: {text}")
+            console.print(f"attacking: step {progress.step} of {progress.num_steps}: {text}")
 
     def target() -> None:
         try:

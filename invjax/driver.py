@@ -93,6 +93,10 @@ def runner(attack: Attack, *, batched: bool = False, chunk: int | None = None) -
         observation: Observation,
         on_chunk: Callable[[Progress], None] | None = None,
     ) -> Reconstruction:
+        if attack.check is not None:
+            # One victim of many speaks for the shapes; one with a bad gradient fails by itself.
+            first = jax.tree.map(lambda leaf: leaf[0], observation) if batched else observation
+            attack.check(first)
         state = init(key, observation)
         # Donation wants every buffer once, and a start may share some between fields.
         state = jax.tree.map(jnp.copy, state)

@@ -20,7 +20,8 @@ from invjax.observe import check_observation, per_step_gradient
 Head = Callable[[PyTree], tuple[Array, Array | None]]
 Method = Literal["auto", "idlg", "row_minimum", "counts"]
 
-_NUM_DUMMIES = 64
+_NUM_NOISE = 64
+_MAX_AUXILIARY = 512
 _MAX_POINTS = 8
 
 
@@ -40,10 +41,14 @@ def find_head(model: Model, tree: PyTree) -> tuple[Array, Array | None]:
     """
     classes = model.num_classes
     if model.layers is not None:
-        layer = [layer for layer in model.layers(tree) if layer.weight is not None][-1]
-        if layer.kind != "dense" or layer.weight.shape[-1] != classes:
-            raise _no_head(f"the last layer is {layer.kind} of shape {layer.weight.shape}", classes)
-        return layer.weight, layer.bias
+        kind, weight, bias = [
+            (layer.kind, layer.weight, layer.bias)
+            for layer in model.layers(tree)
+            if layer.weight is not None
+        ][-1]
+        if kind != "dense" or weight.shape[-1] != classes:
+            raise _no_head(f"the last layer is {kind} of shape {weight.shape}", classes)
+        return weight, bias
     leaves = [(_location(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
     weights = [pair for pair in leaves if pair[1].ndim == 2 and pair[1].shape[1] == classes]
     if len(weights) != 1:
@@ -122,12 +127,12 @@ def estimate_counts(
 
     `B (p_c - b_c)` with the bias gradient `b`; without a bias `B (p_c - w_c / o)`, where `w` sums
     the weight gradient over features and `o` sums the mean feature (features of both signs would
-    cancel: their projection on the mean feature then stands for their sum). The mean probabilities `p` and
-    the features are those of the model on dummy inputs: the auxiliary data where the adversary has
-    some, else uniform noise of the input range (the paper: normal noise). In a federated round they
-    are averaged along the line from the sent to the returned parameters, as in the paper, at
-    8 points at most. The bias form and the projection are not in the paper; the bias form is the
-    more accurate one.
+    cancel: their projection on the mean feature then stands for their sum). The mean probabilities
+    `p` and the features are those of the model on dummy inputs: the auxiliary data where the
+    adversary has some (512 of them at most, evenly spaced), else uniform noise of the input range
+    (the paper: normal noise). In a federated round they are averaged along the line from the sent
+    to the returned parameters, as in the paper, at 8 points at most. The bias form and the
+    projection are not in the paper; the bias form is the more accurate one.
 
     Args:
       model: the model, with a dense head under softmax cross-entropy.
@@ -240,7 +245,7 @@ def estimate_batch_size(
 ) -> int:
     """The smallest batch size at which all class counts are near whole numbers. Runs on the host.
 
-    The bias gradient is `p - counts / B`, so `B (p - gradient)` is whole at the true `B`. Its limits:
+    The bias gradient is `p - counts / B`, so `B (p - gradient)` is whole at the true `B`. Limits:
     `p` is estimated (see `estimate_counts`), so the model must be nearly untrained or the auxiliary
     data like the private, and its error times `B` must stay below the tolerance, which leaves small
     batches; only the shares of the classes show, so counts with a common divisor look like a
@@ -275,7 +280,13 @@ def estimate_batch_size(
 
 
 class _DummyHead(NamedTuple):
-    """The head on dummy inputs: mean probabilities `[C]`, mean feature `[in]`, whether none is negative."""
+    """The head on dummy inputs.
+
+    Attributes:
+      probabilities: `[C]` mean probabilities.
+      feature: `[in]` mean input of the head.
+      nonnegative: whether no feature of any dummy is negative.
+    """
 
     probabilities: Array
     feature: Array
@@ -308,7 +319,7 @@ def _head_gradient(
 
 def _estimate(weight: Array, bias: Array | None, dummy: _DummyHead, batch_size: int) -> Array:
     if bias is None:
-        # Summed features, or where they have both signs their projection on the mean, act as a bias.
+        # The sum of the features, or their projection on the mean, stands in for the bias.
         direction = jnp.where(dummy.nonnegative, 1.0, dummy.feature)
         scale = direction @ dummy.feature
         bias = (direction @ weight) / jnp.where(scale == 0, 1.0, scale)
@@ -335,7 +346,7 @@ def _dummy_head(model: Model, observation: Observation, head: Head | None) -> _D
     inputs = _dummy_inputs(observation)
     points = 1 if local is None else min(local.num_steps, _MAX_POINTS)
 
-    def at(fraction: Array) -> _DummyHead:
+    def at(fraction: Array | float) -> _DummyHead:
         params = jax.tree.map(
             lambda start, update: start - fraction * update,
             observation.params,
@@ -351,7 +362,10 @@ def _dummy_head(model: Model, observation: Observation, head: Head | None) -> _D
             nonnegative=(features >= 0).all(),
         )
 
-    along = jax.vmap(at)(jnp.arange(points) / points)
+    if points == 1:
+        return at(0.0)
+    # Not by vmap: convolutions with a kernel for each point are slow on CPU.
+    along = jax.lax.map(at, jnp.arange(points) / points)
     return _DummyHead(
         probabilities=along.probabilities.mean(axis=0),
         feature=along.feature.mean(axis=0),
@@ -360,7 +374,7 @@ def _dummy_head(model: Model, observation: Observation, head: Head | None) -> _D
 
 
 def _features(model: Model, params: Params, inputs: Array, head: Head | None) -> Array:
-    """`[N, in]` inputs of the head: the derivative of the first logit in the weight's first column."""
+    """`[N, in]` inputs of the head: derivatives of the first logit in the weight's first column."""
 
     def weight_of(tree):
         return (find_head(model, tree) if head is None else head(tree))[0]
@@ -378,10 +392,12 @@ def _features(model: Model, params: Params, inputs: Array, head: Head | None) ->
 def _dummy_inputs(observation: Observation) -> Array:
     facts = observation.facts
     if observation.auxiliary is not None:
-        return observation.auxiliary.inputs[:_NUM_DUMMIES]
+        inputs = observation.auxiliary.inputs
+        return inputs[:: -(-inputs.shape[0] // _MAX_AUXILIARY)]
     low, high = (
         jnp.broadcast_to(jnp.asarray(bound, jnp.float32), facts.input_shape)[None]
         for bound in facts.input_range
     )
-    noise = jax.random.uniform(jax.random.key(0), (_NUM_DUMMIES, *facts.input_shape))
+    # Drawn on the host: a constant of the compiled code, which XLA would fold slowly from a key.
+    noise = np.random.default_rng(0).random((_NUM_NOISE, *facts.input_shape), np.float32)
     return low + (high - low) * noise

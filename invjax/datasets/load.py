@@ -2,34 +2,34 @@
 
 import difflib
 import pathlib
-from collections.abc import Callable
 
-import numpy as np
+from invjax.datasets.arrays import npz
+from invjax.datasets.cifar import cifar10_binary, cifar10_python, find_cifar10
+from invjax.datasets.digits import digits
+from invjax.datasets.files import check_split
+from invjax.datasets.folder import image_folder
+from invjax.datasets.idx import find_idx, idx
+from invjax.datasets.types import Dataset, DatasetError
 
-from invjax.datasets import files
-from invjax.datasets.types import Dataset, DatasetError, from_arrays
-
-NAMES = ("digits", "mnist", "fashion_mnist", "cifar10")
-
-
-def digits() -> Dataset:
-    """The 1,797 handwritten digits of 8x8 pixels that scikit-learn brings, scaled to [0, 1].
-
-    Returns:
-      The data set (Alpaydin and Kaynak 1998; test part of UCI's optical recognition set).
-    """
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    return from_arrays("digits", data.images.astype(np.float32) / 16, data.target)
+# The subfolders of `data_dir` in which a name is looked for, torchvision's spelling included.
+_FOLDERS = {
+    "mnist": ("mnist", "MNIST", "."),
+    "fashion_mnist": ("fashion_mnist", "FashionMNIST", "."),
+    "cifar10": ("cifar10", "cifar-10-batches-bin", "cifar-10-batches-py", "."),
+}
+NAMES = ("digits", *_FOLDERS)
 
 
-def load(name: str, data_dir: str | pathlib.Path | None = None, split: str = "test") -> Dataset:
+def load(
+    name: str | pathlib.Path, data_dir: str | pathlib.Path | None = None, split: str = "test"
+) -> Dataset:
     """A data set by name, or from a path.
 
     Args:
-      name: `digits` (embedded); `mnist`, `fashion_mnist` or `cifar10`, searched in `data_dir` as npz,
-        idx, CIFAR binary or CIFAR python files; or the path of an npz file or a folder of images.
+      name: `digits` (embedded, without a split: both give all of it); `mnist`, `fashion_mnist` or
+        `cifar10`, searched in `data_dir` as npz, idx (`.gz` or not), CIFAR binary or CIFAR python
+        files, the first found; or the path of an npz file or of a folder (of idx or CIFAR files, or
+        of images, whose subfolder `train` or `test` is taken where it has one).
       data_dir: where the files are.
       split: `train` or `test`.
 
@@ -40,64 +40,57 @@ def load(name: str, data_dir: str | pathlib.Path | None = None, split: str = "te
       ValueError: an unknown name or split, or a name that needs a `data_dir`.
       DatasetError: files that are not there or cannot be read.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
+    check_split(split)
     if name == "digits":
         return digits()
-    path = pathlib.Path(name)
-    if name not in NAMES:
-        if path.is_dir():
-            return files.image_folder(path)
-        if path.is_file():
-            return files.npz(path, split)
-        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"Unknown data set {name!r}: known are {', '.join(NAMES)}, or the path of an npz file or "
-            f"of a folder of images.{hint}"
-        )
+    if name not in _FOLDERS:
+        return _from_path(str(name), split)
     if data_dir is None:
         raise ValueError(f"The data set {name!r} is read from files: give data_dir.")
     root = pathlib.Path(data_dir)
     if not root.is_dir():
-        raise DatasetError(f"{root}: no such folder.")
-    readers = [_find_npz, _find_cifar10] if name == "cifar10" else [_find_npz, _find_idx]
-    for find in readers:
-        read = find(root, name, split)
-        if read is not None:
-            return read()
-    raise DatasetError(f"{root}: holds no files of {name} ({split}) in a layout that is known.")
+        raise DatasetError(f"{root}: expected the folder of {name}, found no folder.")
+    if (root / f"{name}.npz").is_file():
+        return npz(root / f"{name}.npz", split)
+    find = _find_cifar10 if name == "cifar10" else _find_idx
+    for folder in _FOLDERS[name]:
+        dataset = find(root / folder, name, split)
+        if dataset is not None:
+            return dataset
+    layout = "CIFAR-10 batches" if name == "cifar10" else "idx files"
+    raise DatasetError(
+        f"{root}: expected {name}.npz or {layout} of the {split} split there or in "
+        f"{', '.join(_FOLDERS[name][:-1])}, found neither."
+    )
 
 
-Reader = Callable[[], Dataset]
+def _find_idx(folder: pathlib.Path, name: str, split: str) -> Dataset | None:
+    found = find_idx(folder, split)
+    return None if found is None else idx(*found, name)
 
 
-def _find_npz(root: pathlib.Path, name: str, split: str) -> Reader | None:
-    path = root / f"{name}.npz"
-    return (lambda: files.npz(path, split)) if path.is_file() else None
-
-
-def _find_idx(root: pathlib.Path, name: str, split: str) -> Reader | None:
-    prefix = "t10k" if split == "test" else "train"
-    folders = {"mnist": ["MNIST", "mnist"], "fashion_mnist": ["FashionMNIST", "fashion_mnist"]}
-    for folder in [root / f / raw for f in folders[name] for raw in ("raw", ".")] + [root]:
-        for suffix in ("", ".gz"):
-            images = folder / f"{prefix}-images-idx3-ubyte{suffix}"
-            labels = folder / f"{prefix}-labels-idx1-ubyte{suffix}"
-            if images.is_file() and labels.is_file():
-                return lambda images=images, labels=labels: files.idx(images, labels, name)
-    return None
-
-
-def _find_cifar10(root: pathlib.Path, name: str, split: str) -> Reader | None:
+def _find_cifar10(folder: pathlib.Path, name: str, split: str) -> Dataset | None:
     del name
-    layouts = [
-        ("cifar-10-batches-bin", "test_batch*.bin", "data_batch_*.bin", files.cifar10_binary),
-        ("cifar-10-batches-py", "test_batch", "data_batch_[1-5]", files.cifar10_python),
-    ]
-    for folder, test, train, reader in layouts:
-        for where in (root / folder, root):
-            paths = sorted(where.glob(test if split == "test" else train))
-            if paths:
-                return lambda reader=reader, paths=paths: reader(paths)
+    for suffix, read in ((".bin", cifar10_binary), ("", cifar10_python)):
+        if find_cifar10(folder, split, suffix):
+            return read(folder, split)
     return None
+
+
+def _from_path(name: str, split: str) -> Dataset:
+    path = pathlib.Path(name)
+    if path.is_file():
+        return npz(path, split)
+    if not path.is_dir():
+        near = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"Unknown data set {name!r}: known are {', '.join(NAMES)}, or the path of an npz file "
+            f"or of a folder, and there is none.{hint}"
+        )
+    for find in (_find_idx, _find_cifar10):
+        dataset = find(path, path.resolve().name, split)
+        if dataset is not None:
+            return dataset
+    part = path / split
+    return image_folder(part if part.is_dir() else path, name=path.resolve().name)

@@ -1,5 +1,6 @@
 """How defences are built and composed: elementary stages, and `chain`."""
 
+import itertools
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ class Elementary(NamedTuple):
       propagate: `propagate(law, observed, public) -> law`; `observed` is the observation where this
         stage's zeros can be read off it, else `None`.
       public: `public(state)`, the randomness that this stage publishes.
-      keeps_zeros: a zero coordinate of the input is a zero of the output, and no other becomes one.
+      keeps_zeros: a zero coordinate of the input is a zero of the output, and which others become
+        zero does not depend on their values.
     """
 
     name: str
@@ -43,6 +45,26 @@ def stateless(key: Array, params: Params) -> tuple:
     return ()
 
 
+def nothing(name: str, stage: Stage) -> Elementary:
+    """The stage that does nothing: what a defence of strength zero is, to its adversary too.
+
+    Args:
+      name: of the defence.
+      stage: where it acts.
+
+    Returns:
+      The stage.
+    """
+    return Elementary(
+        name,
+        stage,
+        stateless,
+        update=lambda gradients, state, count: (gradients, state),
+        propagate=lambda law, observed, public: law,
+        keeps_zeros=True,
+    )
+
+
 def from_stages(*stages: Elementary, name: str | None = None, key: Array | None = None) -> Defense:
     """A defence from elementary stages.
 
@@ -52,12 +74,13 @@ def from_stages(*stages: Elementary, name: str | None = None, key: Array | None 
       key: PRNG key of `init`; a fixed key derived from the name where `None`.
 
     Returns:
-      The defence.
+      The defence. Its `update` keeps every leaf's dtype, and checks gradients against parameters
+      where it is given these; `with_key(key)` is the same defence with another key of `init`.
 
     Raises:
       ValueError: a per-sample stage stands after an aggregated one.
     """
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in itertools.pairwise(stages):
         if before.stage == "aggregate" and after.stage == "per_sample":
             raise ValueError(
                 f"{after.name} acts on per-sample gradients and cannot follow {before.name}, "
@@ -77,8 +100,9 @@ def from_stages(*stages: Elementary, name: str | None = None, key: Array | None 
         return init_with_key(default, params)
 
     def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        count = _leading_size(updates, name) if per_sample else 1
+        del extra_args
+        dtypes = jax.tree.map(lambda leaf: leaf.dtype, updates)
+        count = _leading_size(updates, name, params) if per_sample else 1
         aggregated = not per_sample
         new_state = []
         for stage, stage_state in zip(stages, state, strict=True):
@@ -86,7 +110,10 @@ def from_stages(*stages: Elementary, name: str | None = None, key: Array | None 
                 updates, aggregated = _mean(updates), True
             updates, stage_state = stage.update(updates, stage_state, count)
             new_state.append(stage_state)
-        return updates if aggregated else _mean(updates), tuple(new_state)
+        updates = updates if aggregated else _mean(updates)
+        # A strength may be wider than the gradient.
+        updates = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), updates, dtypes)
+        return updates, tuple(new_state)
 
     def public(state) -> tuple:
         return tuple(stage.public(part) for stage, part in zip(stages, state, strict=True))
@@ -118,6 +145,7 @@ def from_stages(*stages: Elementary, name: str | None = None, key: Array | None 
         public=public,
         law=law,
         log_likelihood=defense_log_likelihood,
+        with_key=lambda key: from_stages(*stages, name=name, key=key),
     )
 
 
@@ -155,14 +183,24 @@ def _mean(gradients: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.mean(axis=0), gradients)
 
 
-def _leading_size(gradients: PyTree, name: str) -> int:
-    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(gradients)}
+def _leading_size(gradients: PyTree, name: str, params: Params | None = None) -> int:
+    """The number of samples; refuses what is not a tree of per-sample gradients."""
+    hint = "Feed invjax.gradients.per_sample_gradients."
+    leaves = jax.tree.leaves(gradients)
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
     if len(sizes) != 1 or None in sizes:
         raise ValueError(
             f"{name} acts on per-sample gradients: every leaf needs the same leading sample axis, "
-            f"got leading sizes {sorted(map(str, sizes))}. Feed invjax.gradients.per_sample_gradients."
+            f"got leading sizes {sorted(map(str, sizes))}. {hint}"
         )
-    return sizes.pop()
+    if params is not None:
+        for gradient, param in zip(leaves, jax.tree.leaves(params), strict=True):
+            if gradient.shape[1:] != jnp.shape(param):
+                raise ValueError(
+                    f"{name} acts on per-sample gradients: a parameter of shape {jnp.shape(param)} "
+                    f"needs a gradient of shape [B, ...] over it, got {gradient.shape}. {hint}"
+                )
+    return leaves[0].shape[0]
 
 
 def _default_slack(observed: PyTree) -> Array:

@@ -1,31 +1,81 @@
-"""Validation of strengths. Traced strengths (a sweep's) pass: only numbers on the host are checked."""
+"""Strengths: validation, display, and whether one is off.
 
+Traced strengths (a sweep's) and device arrays pass: only numbers on the host are checked.
+"""
+
+import math
 import numbers
 from typing import Any
 
+import jax
 import numpy as np
 
 
+def _on_host(value: Any) -> bool:
+    return isinstance(value, numbers.Real | np.generic | np.ndarray)
+
+
 def check(
-    name: str, value: Any, low: float, high: float = float("inf"), *, open_high=False
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
 ) -> None:
-    """Refuse a number outside `[low, high]` (or `[low, high)`).
+    """Refuse a strength that is no number, or outside an interval.
 
     Args:
       name: the argument's name.
-      value: a number, or a traced or device array, which passes.
+      value: a number, or a traced or device scalar, which passes.
       low: least allowed value.
       high: largest allowed value.
+      open_low: whether `low` itself is refused.
       open_high: whether `high` itself is refused.
 
     Raises:
-      ValueError: the value is outside or not a number.
+      ValueError: the value is not a number, or out of the interval.
     """
-    if not isinstance(value, numbers.Real | np.generic | np.ndarray):
-        if isinstance(value, str | bytes | list | tuple | dict | type(None)):
-            raise ValueError(f"{name} must be a number, got {value!r}.")
+    interval = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
+    if np.shape(value) != () or not (_on_host(value) or isinstance(value, jax.Array)):
+        raise ValueError(f"{name} must be a number in {interval}, got {value!r}.")
+    if not _on_host(value):
         return
-    number = float(value)
-    if not (low <= number < high or (number == high and not open_high)):
-        bracket = ")" if open_high else "]"
-        raise ValueError(f"{name} must lie in [{low}, {high}{bracket}, got {value}.")
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    if not (above and below):
+        raise ValueError(f"{name} must lie in {interval}, got {value}.")
+
+
+def choose(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Refuse what is not one of a few words.
+
+    Args:
+      name: the argument's name.
+      value: what was given.
+      allowed: the words.
+
+    Raises:
+      ValueError: it is not one of them.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def equals(value: Any, number: float) -> bool:
+    """Whether a strength is known to be a certain number; false for traced ones."""
+    return _on_host(value) and bool(value == number)
+
+
+def describe(name: str, *args: Any, **kwargs: Any) -> str:
+    """A constructor's call as text; a traced strength has no value to show."""
+
+    def text(value):
+        if isinstance(value, jax.core.Tracer):
+            return "traced"
+        return str(value) if hasattr(value, "dtype") else repr(value)
+
+    parts = [text(value) for value in args]
+    parts += [f"{key}={text(value)}" for key, value in kwargs.items()]
+    return f"{name}({', '.join(parts)})"

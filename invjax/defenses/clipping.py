@@ -1,20 +1,33 @@
 """Norm clipping, of every sample's gradient or of their aggregate."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
-from invjax.base import Defense
-from invjax.defenses.base import Elementary, from_stages, stateless
-from invjax.defenses.checks import check
-from invjax.defenses.law import Law
+from invjax.base import Array, Defense, PyTree
+from invjax.defenses.base import Elementary, from_stages, nothing, stateless
+from invjax.defenses.checks import check, describe, equals
+from invjax.defenses.law import Law, rescale
 from invjax.gradients import clip_scale, scale_samples
 
 
-def clip_per_sample_stage(clip_norm) -> Elementary:
-    """The per-sample clipping stage."""
+def clip_per_sample_stage(clip_norm: Array | float) -> Elementary:
+    """The stage of per-sample clipping.
 
-    def clip(gradients):
-        return scale_samples(gradients, clip_scale(gradients, clip_norm))
+    Args:
+      clip_norm: L2 radius.
+
+    Returns:
+      The stage.
+    """
+    name = describe("clip_per_sample", clip_norm)
+    if equals(clip_norm, math.inf):
+        return nothing(name, "per_sample")
+
+    def update(gradients, state, count):
+        del count
+        return scale_samples(gradients, clip_scale(gradients, clip_norm)), state
 
     def propagate(law: Law, observed, public) -> Law:
         del observed, public
@@ -24,14 +37,7 @@ def clip_per_sample_stage(clip_norm) -> Elementary:
             variance = scale_samples(variance, factors**2)
         return law._replace(location=scale_samples(law.location, factors), variance=variance)
 
-    return Elementary(
-        f"clip_per_sample({clip_norm})",
-        "per_sample",
-        stateless,
-        lambda gradients, state, count: (clip(gradients), state),
-        propagate,
-        keeps_zeros=True,
-    )
+    return Elementary(name, "per_sample", stateless, update, propagate, keeps_zeros=True)
 
 
 def clip_per_sample(clip_norm: float) -> Defense:
@@ -47,17 +53,22 @@ def clip_per_sample(clip_norm: float) -> Defense:
       The defence.
 
     Raises:
-      ValueError: a negative radius.
+      ValueError: a radius that is not positive.
     """
-    check("clip_norm", clip_norm, 0.0)
+    check("clip_norm", clip_norm, 0.0, open_low=True)
     return from_stages(clip_per_sample_stage(clip_norm))
 
 
+def _factor(gradient: PyTree, clip_norm: Array | float) -> Array:
+    return clip_scale(jax.tree.map(lambda leaf: leaf[None], gradient), clip_norm)[0]
+
+
 def global_clip(clip_norm: float) -> Defense:
-    """Clip the aggregated gradient to an L2 ball.
+    """Clip the aggregated gradient to an L2 ball (Pascanu et al. 2013).
 
     Where noise comes before it in a chain, its law scales the noise by the factor of the replayed
-    gradient instead of the noisy one's: an approximation.
+    gradient instead of the noisy one's: an approximation. `optax.clip_by_global_norm` is the same
+    map without a law.
 
     Args:
       clip_norm: radius over all parameters together; infinity does nothing.
@@ -66,28 +77,25 @@ def global_clip(clip_norm: float) -> Defense:
       The defence.
 
     Raises:
-      ValueError: a negative radius.
+      ValueError: a radius that is not positive.
     """
-    check("clip_norm", clip_norm, 0.0)
-
-    def factor(gradient):
-        return clip_scale(jax.tree.map(lambda leaf: leaf[None], gradient), clip_norm)[0]
+    check("clip_norm", clip_norm, 0.0, open_low=True)
+    name = describe("global_clip", clip_norm)
+    if equals(clip_norm, math.inf):
+        return from_stages(nothing(name, "aggregate"))
 
     def update(gradient, state, count):
         del count
-        scale = factor(gradient)
-        return jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradient), state
+        scale = _factor(gradient, clip_norm)
+        return jax.tree.map(lambda leaf: leaf * scale, gradient), state
 
     def propagate(law: Law, observed, public) -> Law:
-        del observed, public
-        scale = factor(law.location)
-        return law._replace(
-            location=jax.tree.map(lambda leaf: leaf * scale, law.location),
-            variance=jax.tree.map(lambda leaf: leaf * scale**2, law.variance),
-            laplace=None if law.laplace is None else law.laplace * jnp.asarray(scale),
-        )
+        del public
+        seen = law.location
+        if law.pruned is not None and observed is not None:
+            # The law of a pruned gradient keeps what was pruned; its norm does not.
+            seen = jax.tree.map(lambda leaf, y: jnp.where(y == 0, 0.0, leaf), seen, observed)
+        return rescale(law, _factor(seen, clip_norm))
 
-    stage = Elementary(
-        f"global_clip({clip_norm})", "aggregate", stateless, update, propagate, keeps_zeros=True
-    )
+    stage = Elementary(name, "aggregate", stateless, update, propagate, keeps_zeros=True)
     return from_stages(stage)

@@ -5,27 +5,28 @@ The end of the chain gives the likelihood of the observation. Coordinates are in
 candidate, so the law is a tree of per-coordinate numbers.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.scipy.special import log_ndtr
 
 from invjax.base import Array, PyTree
+from invjax.defenses import densities
+from invjax.defenses.densities import Noise, log_density, log_interval, log_stochastic_rounding
 
 
 class Rounding(NamedTuple):
-    """How the observation was rounded: `kind` is `nearest` or `stochastic`, `steps` a tree of grid steps."""
+    """How the observation was rounded: `steps` is a tree of grid steps, one a tensor."""
 
-    kind: str
+    kind: Literal["nearest", "stochastic"]
     steps: PyTree
 
 
 class Law(NamedTuple):
     """Per-coordinate law of an observation given a candidate gradient.
 
-    An observed coordinate is `location + Gaussian + Laplace`, perhaps rounded, perhaps dropped.
+    An observed coordinate is `location + Gaussian + Laplace`, perhaps dropped, pruned or rounded.
 
     Attributes:
       location: tree, the deterministic part replayed on the candidate; differentiable.
@@ -35,8 +36,10 @@ class Law(NamedTuple):
       laplace: Laplace scale, or `None`.
       dropped: probability that a mask, unknown to the adversary, zeroed the location; or `None`.
       informative: tree of booleans, the coordinates that the location explains; `None` for all.
+      pruned: tree of thresholds, one a tensor: a zero of the observation says that the coordinate
+        lay within; `None` where nothing was pruned, or the zeros cannot be seen.
       rounding: the last rounding, or `None`.
-      log_weight: log-likelihood of what is not per-coordinate noise (signs, pruned coordinates).
+      log_weight: log-likelihood of what is not in the fields above (signs).
     """
 
     location: PyTree
@@ -46,28 +49,121 @@ class Law(NamedTuple):
     laplace: Array | float | None = None
     dropped: Array | float | None = None
     informative: PyTree | None = None
+    pruned: PyTree | None = None
     rounding: Rounding | None = None
     log_weight: Array | float = 0.0
 
+    @property
+    def noisy(self) -> bool:
+        """Whether any continuous noise was added."""
+        return self.variance is not None or self.laplace is not None
+
+
+def noise(law: Law) -> PyTree:
+    """The noise on every coordinate; Gaussian of the slack's width where there is none.
+
+    Args:
+      law: the law.
+
+    Returns:
+      A tree of `densities.Noise`.
+    """
+    laplace = law.laplace
+    if law.variance is None:
+        # A traced scale may turn out zero.
+        scale = None if laplace is None else jnp.where(laplace > 0, laplace, law.slack)
+        part = Noise(law.slack if laplace is None else None, scale)
+        return jax.tree.map(lambda _: part, law.location)
+
+    def leaf(variance):
+        total = variance + (0.0 if laplace is None else 2 * jnp.square(laplace))
+        variance = jnp.where(total > 0, variance, jnp.square(law.slack))
+        return Noise(jnp.sqrt(jnp.maximum(variance, 1e-30)), laplace)
+
+    return jax.tree.map(leaf, law.variance)
+
 
 def deviation(law: Law) -> PyTree:
-    """Standard deviation of every coordinate of a law; the slack where it is deterministic."""
-    extra = law.slack**2 if law.variance is None and law.laplace is None else 0.0
-    extra = extra if law.laplace is None else extra + 2 * jnp.square(law.laplace)
-    if law.variance is None:
-        return jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.sqrt(extra)), law.location)
-    return jax.tree.map(lambda variance: jnp.sqrt(variance + extra), law.variance)
+    """Standard deviation of every coordinate of a law; the slack where it is deterministic.
+
+    Args:
+      law: the law.
+
+    Returns:
+      A tree like `law.location`.
+    """
+
+    def leaf(location, noise):
+        return jnp.broadcast_to(densities.deviation(noise), location.shape)
+
+    return jax.tree.map(leaf, law.location, noise(law))
 
 
-def inform(law: Law, mask: PyTree) -> PyTree:
-    """The law's informative coordinates, restricted to `mask`."""
-    if law.informative is None:
-        return mask
-    return jax.tree.map(jnp.logical_and, law.informative, mask)
+def add_variance(law: Law, variance: PyTree) -> Law:
+    """The law after independent Gaussian noise.
+
+    Args:
+      law: the law before.
+      variance: of the noise, one number or a tree.
+
+    Returns:
+      The law after.
+    """
+    variance = jax.tree.map(
+        lambda leaf, part: jnp.broadcast_to(jnp.asarray(part, leaf.dtype), leaf.shape),
+        law.location,
+        jax.tree.broadcast(variance, law.location),
+    )
+    if law.variance is not None:
+        variance = jax.tree.map(jnp.add, law.variance, variance)
+    return law._replace(variance=variance)
+
+
+def rescale(law: Law, factor: Array | float) -> Law:
+    """The law after multiplication by a number.
+
+    Args:
+      law: the law before.
+      factor: a scalar.
+
+    Returns:
+      The law after.
+    """
+    return law._replace(
+        location=jax.tree.map(lambda leaf: leaf * factor, law.location),
+        variance=jax.tree.map(lambda leaf: leaf * factor**2, law.variance),
+        laplace=None if law.laplace is None else law.laplace * factor,
+    )
+
+
+def inform(law: Law, mask: PyTree) -> Law:
+    """The law after a mask that the adversary knows.
+
+    Args:
+      law: the law before.
+      mask: tree of booleans, false where the gradient was zeroed.
+
+    Returns:
+      The law after.
+    """
+    location = jax.tree.map(lambda leaf, kept: jnp.where(kept, leaf, 0.0), law.location, mask)
+    if law.informative is not None:
+        mask = jax.tree.map(jnp.logical_and, law.informative, mask)
+    return law._replace(location=location, informative=mask)
 
 
 def aggregate(law: Law) -> Law:
-    """From the law of per-sample gradients (leading axis) to the law of their mean."""
+    """From the law of per-sample gradients (leading axis) to the law of their mean.
+
+    Args:
+      law: the law before.
+
+    Returns:
+      The law after.
+
+    Raises:
+      ValueError: per-sample Laplace noise of more than one sample.
+    """
     if law.laplace is not None and law.count > 1:
         raise ValueError(
             "The mean of per-sample Laplace noise has no closed form for batches over 1."
@@ -76,69 +172,31 @@ def aggregate(law: Law) -> Law:
     def mean(tree, power=1):
         return jax.tree.map(lambda leaf: leaf.mean(axis=0) / law.count ** (power - 1), tree)
 
-    return law._replace(
-        location=mean(law.location),
-        variance=None if law.variance is None else mean(law.variance, power=2),
-    )
+    return law._replace(location=mean(law.location), variance=mean(law.variance, power=2))
 
 
-def log_interval(location: Array, center: Array | float, half_width: Array, scale: Array) -> Array:
-    """`log P(|location + N(0, scale^2) - center| <= half_width)`, stable in both tails."""
-    distance = jnp.abs(location - center)
-    upper = log_ndtr((half_width - distance) / scale)
-    lower = log_ndtr((-half_width - distance) / scale)
-    return upper + jnp.log1p(-jnp.exp(jnp.minimum(lower - upper, -1e-7)))
-
-
-def _log_normal(residual: Array, scale: Array) -> Array:
-    return -0.5 * jnp.square(residual / scale) - jnp.log(scale) - 0.5 * jnp.log(2 * jnp.pi)
-
-
-def _log_normal_laplace(residual: Array, scale: Array, laplace: Array | float) -> Array:
-    """Density of `N(0, scale^2) + Laplace(laplace)` (Reed 2006, the symmetric normal-Laplace law)."""
-    ratio, tail = scale / laplace, residual / laplace
-    left = log_ndtr(residual / scale - ratio) - tail
-    right = log_ndtr(-residual / scale - ratio) + tail
-    return 0.5 * jnp.square(ratio) - jnp.log(2 * laplace) + jnp.logaddexp(left, right)
-
-
-def _log_stochastic_rounding(residual: Array, step: Array, slack: Array) -> Array:
-    """`log(1 - |residual| / step)` inside one grid step, a quadratic wall of width `slack` outside."""
-    relative = jnp.abs(residual) / step
-    outside = jnp.maximum(relative - 1 + 1e-3, 0.0) * step
-    return jnp.log(jnp.maximum(1 - relative, 1e-3)) - 0.5 * jnp.square(outside / slack)
-
-
-def log_density(law: Law, residual: Array, scale: Array, step: Array | None) -> Array:
-    """Log-density of one leaf's residuals under the law's noise.
+def mix(law: Law, slab: Array, spike: Array) -> Array:
+    """Log-likelihood under an unknown mask.
 
     Args:
-      law: the law; says which noises are there.
-      residual: observation minus location.
-      scale: the leaf's standard deviations (of the Gaussian part where there is one).
-      step: the leaf's grid step where the law has a rounding.
+      law: the law.
+      slab: log-likelihoods of coordinates that passed the mask.
+      spike: log-likelihoods of coordinates that it zeroed.
 
     Returns:
-      Log-densities of the residual's shape (log-probabilities where rounded).
+      Log-likelihoods: the slab's where nothing was dropped.
     """
-    if law.rounding is not None:
-        assert step is not None
-        if law.rounding.kind == "nearest":
-            return log_interval(residual, 0.0, step / 2, scale)
-        if law.variance is None and law.laplace is None:
-            return _log_stochastic_rounding(residual, step, scale)
-        # Gaussian plus triangular noise, matched in its second moment.
-        return _log_normal(residual, jnp.sqrt(jnp.square(scale) + jnp.square(step) / 6))
-    if law.laplace is None:
-        return _log_normal(residual, scale)
-    if law.variance is None:
-        return -jnp.abs(residual) / law.laplace - jnp.log(2 * law.laplace)
-    gaussian = jnp.sqrt(jnp.maximum(jnp.square(scale) - 2 * jnp.square(law.laplace), 1e-30))
-    return _log_normal_laplace(residual, gaussian, law.laplace)
+    if law.dropped is None:
+        return slab
+    return jnp.logaddexp(jnp.log1p(-jnp.asarray(law.dropped)) + slab, jnp.log(law.dropped) + spike)
 
 
 def log_likelihood(law: Law, observed: PyTree) -> Array:
     """Log-likelihood of an observation.
+
+    Where a rounding meets a noise before it, stochastic rounding counts as Gaussian noise of the
+    same variance, `step^2 / 6`; rounding to the nearest is exact but for the outermost cells, which
+    are taken as whole ones.
 
     Args:
       law: the law of the observation given the candidate.
@@ -147,20 +205,43 @@ def log_likelihood(law: Law, observed: PyTree) -> Array:
     Returns:
       A scalar; comparable between candidates of one observation.
     """
-    scales = deviation(law)
-    everywhere = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), observed)
-    informative = everywhere if law.informative is None else law.informative
-    steps = everywhere if law.rounding is None else law.rounding.steps
+    rounding = law.rounding
 
-    def leaf(observed, location, scale, informative, step):
-        step = None if law.rounding is None else step
-        logp = log_density(law, observed - location, scale, step)
+    def coordinate(observed, location, noise, step, threshold):
+        residual = observed - location
+        if rounding is None:
+            value = log_density(noise, residual)
+        elif rounding.kind == "nearest":
+            value = log_interval(residual, 0.0, step / 2, noise)
+        elif not law.noisy:
+            value = log_stochastic_rounding(residual, step, noise)
+        else:
+            before = 0.0 if noise.gaussian is None else jnp.square(noise.gaussian)
+            spread = jnp.sqrt(before + jnp.square(step) / 6)
+            value = log_density(Noise(spread, noise.laplace), residual) + jnp.log(step)
+        if law.pruned is not None:
+            below = log_interval(location, 0.0, threshold, noise)
+            value = jnp.where(observed == 0, below, value)
+        return value
+
+    def leaf(observed, location, noise, informative, *rest):
+        slab = coordinate(observed, location, noise, *rest)
         if law.dropped is not None:
-            spike = log_density(law, observed, scale, step)
-            logp = jnp.logaddexp(
-                jnp.log1p(-jnp.asarray(law.dropped)) + logp, jnp.log(law.dropped) + spike
-            )
-        return jnp.where(informative, logp, 0.0).sum()
+            spike = coordinate(observed, jnp.zeros_like(location), noise, *rest)
+            # What was zeroed, and no noise added, is zero.
+            if not law.noisy:
+                spike = jnp.where(observed == 0, spike, -jnp.inf)
+            slab = mix(law, slab, spike)
+        return jnp.where(informative, slab, 0.0).sum()
 
-    terms = jax.tree.map(leaf, observed, law.location, scales, informative, steps)
-    return optax.tree.sum(terms) + law.log_weight
+    unused = jax.tree.map(lambda _: True, observed)
+    terms = jax.tree.map(
+        leaf,
+        observed,
+        law.location,
+        noise(law),
+        unused if law.informative is None else law.informative,
+        unused if rounding is None else rounding.steps,
+        unused if law.pruned is None else law.pruned,
+    )
+    return jnp.asarray(optax.tree.sum(terms) + law.log_weight)

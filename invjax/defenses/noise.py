@@ -1,16 +1,16 @@
 """Additive noise."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from invjax.base import Array, Defense, PyTree
-from invjax.defenses.base import Elementary, from_stages
-from invjax.defenses.checks import check
-from invjax.defenses.law import Law
+from invjax.base import Array, Defense, PyTree, Stage
+from invjax.defenses.base import Elementary, from_stages, nothing
+from invjax.defenses.checks import check, describe, equals
+from invjax.defenses.law import Law, add_variance
 
 
 class KeyState(NamedTuple):
@@ -31,34 +31,35 @@ def next_keys(state: KeyState, tree: PyTree) -> tuple[PyTree, KeyState]:
     return optax.tree.split_key_like(draw, tree), KeyState(key)
 
 
-def add_variance(law: Law, variance: Array | float) -> Law:
-    """The law after independent Gaussian noise of a variance."""
-    before = law.variance
-    if before is None:
-        before = jax.tree.map(jnp.zeros_like, law.location)
-    return law._replace(variance=jax.tree.map(lambda leaf: leaf + variance, before))
+def _add(draw: Callable, gradients: PyTree, state: KeyState, scale: Array | float):
+    """Add `scale` times fresh draws."""
+    keys, state = next_keys(state, gradients)
+
+    def leaf(gradient, key):
+        unit = draw(key, gradient.shape, gradient.dtype)
+        return gradient + jnp.asarray(scale, gradient.dtype) * unit
+
+    return jax.tree.map(leaf, gradients, keys), state
 
 
-def gaussian_stage(name: str, stage: Any, std: Callable[[int], Any]) -> Elementary:
-    """Gaussian noise whose standard deviation may depend on the number of samples."""
+def gaussian_stage(name: str, stage: Stage, std: Callable[[int], Array | float]) -> Elementary:
+    """The stage of Gaussian noise.
+
+    Args:
+      name: of the stage.
+      stage: where it acts.
+      std: standard deviation as a function of the number of samples behind the gradient.
+
+    Returns:
+      The stage.
+    """
 
     def update(gradients, state, count):
-        keys, state = next_keys(state, gradients)
-        scale = std(count)
-
-        def leaf(gradient, key):
-            noise = jax.random.normal(key, gradient.shape, gradient.dtype)
-            return gradient + jnp.asarray(scale, gradient.dtype) * noise
-
-        return jax.tree.map(leaf, gradients, keys), state
+        return _add(jax.random.normal, gradients, state, std(count))
 
     def propagate(law: Law, observed, public) -> Law:
         del observed, public
-        scale = std(law.count)
-        # No noise at all must leave the law deterministic, not a Gaussian of width zero.
-        if isinstance(scale, int | float) and scale == 0:
-            return law
-        return add_variance(law, scale**2)
+        return add_variance(law, std(law.count) ** 2)
 
     return Elementary(name, stage, seeded, update, propagate)
 
@@ -67,7 +68,7 @@ def gaussian_noise(std: float, per_sample: bool = False) -> Defense:
     """Independent Gaussian noise on every coordinate.
 
     Args:
-      std: standard deviation, in gradient units.
+      std: standard deviation, in gradient units; zero does nothing.
       per_sample: whether every sample's gradient gets its own noise before the mean, which then
         carries `std / sqrt(B)` (Balunovic et al. 2022).
 
@@ -75,19 +76,25 @@ def gaussian_noise(std: float, per_sample: bool = False) -> Defense:
       The defence.
 
     Raises:
-      ValueError: a negative scale.
+      ValueError: a negative deviation.
     """
     check("std", std, 0.0)
-    name = f"gaussian_noise({std}{', per_sample=True' if per_sample else ''})"
+    settings = {"per_sample": True} if per_sample else {}
+    name = describe("gaussian_noise", std, **settings)
     stage = "per_sample" if per_sample else "aggregate"
+    if equals(std, 0):
+        return from_stages(nothing(name, stage))
     return from_stages(gaussian_stage(name, stage, lambda count: std))
 
 
 def laplace_noise(scale: float) -> Defense:
     """Independent Laplace noise on every coordinate of the aggregate.
 
+    The mean of per-sample Laplace noise has no closed form for batches over 1, and for one sample
+    it is this; so there is no per-sample form.
+
     Args:
-      scale: the Laplace scale `b`; the standard deviation is `b sqrt(2)`.
+      scale: the Laplace scale `b`; the standard deviation is `b sqrt(2)`. Zero does nothing.
 
     Returns:
       The defence.
@@ -96,25 +103,18 @@ def laplace_noise(scale: float) -> Defense:
       ValueError: a negative scale; and, when its law is asked for, two Laplace stages in a chain.
     """
     check("scale", scale, 0.0)
+    name = describe("laplace_noise", scale)
+    if equals(scale, 0):
+        return from_stages(nothing(name, "aggregate"))
 
     def update(gradients, state, count):
         del count
-        keys, state = next_keys(state, gradients)
-
-        def leaf(gradient, key):
-            noise = jax.random.laplace(key, gradient.shape, gradient.dtype)
-            return gradient + jnp.asarray(scale, gradient.dtype) * noise
-
-        return jax.tree.map(leaf, gradients, keys), state
+        return _add(jax.random.laplace, gradients, state, scale)
 
     def propagate(law: Law, observed, public) -> Law:
         del observed, public
-        if isinstance(scale, int | float) and scale == 0:
-            return law
         if law.laplace is not None:
-            raise ValueError("Two Laplace noises in one chain have no closed-form likelihood.")
+            raise ValueError("Two Laplace noises in one chain have no closed-form likelihood here.")
         return law._replace(laplace=scale)
 
-    return from_stages(
-        Elementary(f"laplace_noise({scale})", "aggregate", seeded, update, propagate)
-    )
+    return from_stages(Elementary(name, "aggregate", seeded, update, propagate))

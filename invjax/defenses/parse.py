@@ -35,6 +35,6 @@ def parse(text: str) -> Defense:
     Raises:
       ValueError: an unknown name (the message lists the known ones), or arguments out of range.
     """
-    if text.strip() in ("", "none"):
+    if text.strip() == "none":
         return chain()
     return chain(*calls.build(text, _KNOWN, "defense"))

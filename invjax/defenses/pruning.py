@@ -4,49 +4,49 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.flatten_util import ravel_pytree
 
 from invjax.base import Array, Defense, PyTree
-from invjax.defenses.base import Elementary, from_stages, stateless
-from invjax.defenses.checks import check
-from invjax.defenses.law import Law, deviation, inform, log_interval
+from invjax.defenses.base import Elementary, from_stages, nothing, stateless
+from invjax.defenses.checks import check, choose, describe, equals
+from invjax.defenses.law import Law
+
+Scope = Literal["tensor", "global"]
 
 
-def _largest(values: Array, fraction) -> Array:
-    """Mask of the entries above the `fraction` quantile by rank; ties go by position."""
-    flat = jnp.abs(values).reshape(-1)
-    rank = jnp.argsort(jnp.argsort(flat))
-    return (rank >= jnp.floor(fraction * flat.size)).reshape(values.shape)
-
-
-def _kept(gradient: PyTree, fraction, scope: str) -> PyTree:
+def _pool(tree: PyTree, scope: Scope, statistic) -> PyTree:
+    """A statistic of every tensor, or of all coordinates, as a tree of scalars."""
     if scope == "tensor":
-        return jax.tree.map(lambda leaf: _largest(leaf, fraction), gradient)
-    flat, unravel = ravel_pytree(gradient)
-    kept = unravel(_largest(flat, fraction).astype(flat.dtype))
-    return jax.tree.map(lambda leaf: leaf > 0.5, kept)
+        return jax.tree.map(lambda leaf: statistic(leaf.reshape(-1)), tree)
+    value = statistic(jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]))
+    return jax.tree.map(lambda leaf: value.astype(leaf.dtype), tree)
 
 
-def _thresholds(observed: PyTree, scope: str) -> PyTree:
-    """The smallest kept magnitude, per tensor or over all, read off the observation's support."""
+def prune(gradient: PyTree, fraction: Array | float, scope: Scope) -> PyTree:
+    """Zero the smallest coordinates: `floor(fraction * size)` of them, where there are no ties."""
 
-    def smallest(leaf):
-        return jnp.min(jnp.where(leaf == 0, jnp.inf, jnp.abs(leaf)))
+    def cut(values):
+        position = jnp.floor(fraction * values.size).astype(int)
+        return jnp.sort(jnp.abs(jax.lax.stop_gradient(values)))[position]
 
-    each = jax.tree.map(smallest, observed)
-    if scope == "global":
-        overall = jnp.min(jnp.stack(jax.tree.leaves(each)))
-        each = jax.tree.map(lambda _: overall, each)
-    # An empty support says nothing of the threshold.
-    return jax.tree.map(lambda value: jnp.where(jnp.isfinite(value), value, 1e30), each)
+    return jax.tree.map(
+        lambda leaf, cut: jnp.where(jnp.abs(leaf) >= cut, leaf, 0.0),
+        gradient,
+        _pool(gradient, scope, cut),
+    )
 
 
-def magnitude_prune(fraction: float, scope: Literal["tensor", "global"] = "tensor") -> Defense:
+def _smallest_kept(values: Array) -> Array:
+    """The smallest magnitude that is not zero; a zero tensor says nothing of it."""
+    smallest = jnp.min(jnp.where(values == 0, jnp.inf, jnp.abs(values)))
+    return jnp.where(jnp.isfinite(smallest), smallest, 1e30)
+
+
+def magnitude_prune(fraction: float, scope: Scope = "tensor") -> Defense:
     """Zero the smallest coordinates (gradient compression; Lin et al. 2018, Zhu et al. 2019).
 
     What an adversary reads: the kept coordinates, and of every pruned one that it lay below the
-    smallest kept magnitude. Where later noise hides the zeros, pruning is replayed on the candidate.
+    smallest kept magnitude. Where later stages hide the zeros, pruning is replayed on the candidate
+    (on its noise-free part, where noise came before too: an approximation).
 
     Args:
       fraction: share of coordinates to zero, in [0, 1).
@@ -59,36 +59,20 @@ def magnitude_prune(fraction: float, scope: Literal["tensor", "global"] = "tenso
       ValueError: a fraction out of range or an unknown scope.
     """
     check("fraction", fraction, 0.0, 1.0, open_high=True)
-    if scope not in ("tensor", "global"):
-        raise ValueError(f"scope must be 'tensor' or 'global', got {scope!r}.")
-
-    def prune(gradient, by):
-        return jax.tree.map(
-            lambda leaf, kept: jnp.where(kept, leaf, 0.0), gradient, _kept(by, fraction, scope)
-        )
+    choose("scope", scope, ("tensor", "global"))
+    name = describe("magnitude_prune", fraction, scope)
+    if equals(fraction, 0):
+        return from_stages(nothing(name, "aggregate"))
 
     def update(gradient, state, count):
         del count
-        return prune(gradient, gradient), state
+        return prune(gradient, fraction, scope), state
 
     def propagate(law: Law, observed, public) -> Law:
         del public
         if observed is None:
-            return law._replace(location=prune(law.location, law.location))
-        support = jax.tree.map(lambda leaf: leaf != 0, observed)
+            return law._replace(location=prune(law.location, fraction, scope))
+        return law._replace(pruned=_pool(observed, scope, _smallest_kept))
 
-        def pruned(location, scale, threshold, kept):
-            below = log_interval(location, 0.0, threshold, scale)
-            return jnp.where(kept, 0.0, below).sum()
-
-        terms = jax.tree.map(
-            pruned, law.location, deviation(law), _thresholds(observed, scope), support
-        )
-        return law._replace(
-            informative=inform(law, support), log_weight=law.log_weight + optax.tree.sum(terms)
-        )
-
-    name = f"magnitude_prune({fraction}, {scope!r})"
-    return from_stages(
-        Elementary(name, "aggregate", stateless, update, propagate, keeps_zeros=True)
-    )
+    # No `keeps_zeros`: which coordinates it zeroes depends on their values.
+    return from_stages(Elementary(name, "aggregate", stateless, update, propagate))

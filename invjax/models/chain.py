@@ -1,14 +1,17 @@
 """Models that are a chain of layers: one description gives the flax module and the layer view."""
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from invjax.base import Array, Layer, Model, PyTree
-from invjax.models.modules import zoo_model
+from invjax.models.modules import check_image_shape, zoo_model
 
 Init = Literal["torch", "he", "wide"]
 
@@ -65,7 +68,9 @@ def initializers(init: Init, fan_in: int) -> dict[str, Any]:
 
     def uniform(bound: float):
         def initialize(key, shape, dtype=jnp.float32, *args, **kwargs):
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
+            # The same numbers as drawn in shape, but XLA compiles the flat draw ten times faster.
+            draws = jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound)
+            return draws.reshape(shape)
 
         return {"kernel_init": initialize, "bias_init": initialize}
 
@@ -75,8 +80,17 @@ def initializers(init: Init, fan_in: int) -> dict[str, Any]:
 
 
 def max_pool(x: Array, window: int) -> Array:
-    """Max pool without overlap by crop, reshape and max: its second derivative is a select."""
-    return _blocks(x, window).max(axis=(2, 4))
+    """Max pool without overlap by crop, reshape and pairwise selects; the first of equals wins.
+
+    The derivative of `jnp.max` finds the maximum again by equality. XLA may compute the operand
+    twice with different rounding, and then the gradient of a window is silently lost (seen on CPU
+    behind a group norm, jaxlib 0.10). A select carries its gradient whatever the rounding.
+    """
+    x = _blocks(x, window)
+    for axis in (4, 2):
+        parts = [lax.index_in_dim(x, index, axis, keepdims=False) for index in range(window)]
+        x = functools.reduce(lambda a, b: jnp.where(a >= b, a, b), parts)
+    return x
 
 
 def average_pool(x: Array, window: int) -> Array:
@@ -95,7 +109,7 @@ def make_norm(kind: str, features: int, rngs: nnx.Rngs) -> Any:
     if kind == "batch":
         return nnx.BatchNorm(features, rngs=rngs)
     if kind == "group":
-        return nnx.GroupNorm(features, num_groups=min(8, features), rngs=rngs)
+        return nnx.GroupNorm(features, num_groups=math.gcd(8, features), rngs=rngs)
     return None
 
 
@@ -111,6 +125,8 @@ class Chain(nnx.Module):
     def __init__(self, specs, input_shape, rngs, conv, init: Init):
         self.specs = tuple(specs)
         shape = tuple(input_shape)
+        if any(spec.kind == "conv" for spec in specs):
+            check_image_shape(shape)
         for index, spec in enumerate(specs):
             if spec.kind == "conv":
                 side = [
@@ -118,8 +134,8 @@ class Chain(nnx.Module):
                 ]
                 if min(side) < 1:
                     raise ValueError(
-                        f"Inputs of shape {tuple(input_shape)} are too small: layer {index} is left "
-                        f"with {shape[:2]} pixels."
+                        f"Inputs of shape {tuple(input_shape)} are too small: layer {index} "
+                        f"is left with {shape[:2]} pixels."
                     )
                 layer = nnx.Conv(
                     shape[2],
@@ -159,6 +175,7 @@ class Chain(nnx.Module):
                     )
 
     def __call__(self, x):
+        """Logits of a batch."""
         for index, spec in enumerate(self.specs):
             if spec.kind in ("conv", "dense"):
                 x = getattr(self, _layer(index))(x)

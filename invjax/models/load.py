@@ -5,6 +5,7 @@ import pathlib
 import zipfile
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,17 @@ from invjax import calls
 from invjax.base import Model, Params
 from invjax.models import resnet, zoo
 
-_ZOO: dict[str, Callable[..., Model]] = {
+
+def _mlp(*widths: Any, **settings: Any) -> Model:
+    """As the command line writes it: `mlp(64, 32)` lists the widths."""
+    if widths:
+        settings["widths"] = widths if isinstance(widths[0], int) else widths[0]
+    return zoo.mlp(**settings)
+
+
+_ZOO: dict[str, Callable[..., Model]] = {"mlp": _mlp} | {
     function.__name__: function
     for function in (
-        zoo.mlp,
         zoo.lenet,
         zoo.convnet,
         zoo.convnet_small,
@@ -33,7 +41,7 @@ def by_name(text: str, num_classes: int) -> Model:
     """A model of the zoo, as the command line names it.
 
     Args:
-      text: a name, perhaps with settings: `lenet`, `mlp((64, 32))`, `convnet(width=32)`.
+      text: a name, perhaps with settings: `lenet`, `mlp(64, 32)`, `convnet(width=32)`.
       num_classes: number of classes.
 
     Returns:
@@ -54,6 +62,9 @@ def save_params(path: str | pathlib.Path, params: Params) -> None:
     Args:
       path: the file.
       params: the parameters.
+
+    Raises:
+      ValueError: a leaf of a type that npz cannot hold (bfloat16, keys).
     """
     path = pathlib.Path(path)
     temporary = path.with_name(path.name + ".partial")
@@ -61,9 +72,12 @@ def save_params(path: str | pathlib.Path, params: Params) -> None:
         jax.tree_util.keystr(name): np.asarray(leaf)
         for name, leaf in jax.tree.leaves_with_path(params)
     }
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biufc":
+            raise ValueError(f"params{name} has dtype {array.dtype}, which npz cannot hold.")
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, allow_pickle=False, **arrays)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -85,8 +99,9 @@ def load_params(path: str | pathlib.Path, like: Params) -> Params:
       ValueError: a file that cannot be read, names or shapes that do not fit, values not finite.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        # Opened here, because NumPy leaves a file open that is no archive.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read as weights (npz): {error}") from error
     expected = {
@@ -95,7 +110,8 @@ def load_params(path: str | pathlib.Path, like: Params) -> Params:
     if set(arrays) != set(expected):
         missing, extra = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
         raise ValueError(
-            f"{path}: does not hold this model's weights: missing {missing[:4]}, unknown {extra[:4]}."
+            f"{path}: does not hold this model's weights: missing {missing[:4]}, "
+            f"unknown {extra[:4]}."
         )
     for name, shape in expected.items():
         if arrays[name].shape != shape:

@@ -1,32 +1,19 @@
 """From flax modules to pure functions: what the zoo and the adapters share."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from invjax.base import Array, Model, Params, PyTree
 from invjax.models.losses import cross_entropy
 
-Build = Callable[[tuple[int, ...], nnx.Rngs], nnx.Module]
 Statistics = list[tuple[Array, Array]]
-
-
-class _Recorder(nnx.Module):
-    """A batch norm that notes the statistics of its input on the way."""
-
-    def __init__(self, norm: nnx.BatchNorm, notes: dict[Any, tuple[Array, Array]], path: Any):
-        self.norm = norm
-        # A list hides the dict from the module graph.
-        self.note = functools.partial(notes.__setitem__, path)
-
-    def __call__(self, x, *args, **kwargs):
-        axes = tuple(range(x.ndim - 1))
-        self.note((x.mean(axis=axes), x.var(axis=axes)))
-        return self.norm(x, *args, **kwargs)
 
 
 def submodules(module: nnx.Module, kind: type) -> list[tuple[tuple, Any]]:
@@ -34,14 +21,13 @@ def submodules(module: nnx.Module, kind: type) -> list[tuple[tuple, Any]]:
     return [(path, sub) for path, sub in nnx.iter_modules(module) if isinstance(sub, kind)]
 
 
-def _replace(module: nnx.Module, path: tuple, new: nnx.Module) -> None:
-    parent: Any = module
-    for part in path[:-1]:
-        parent = parent[part] if isinstance(part, int) else getattr(parent, part)
-    if isinstance(path[-1], int):
-        parent[path[-1]] = new
-    else:
-        setattr(parent, path[-1], new)
+def check_image_shape(input_shape: Sequence[int]) -> None:
+    """Refuse an input shape that is not `(height, width, channels)`."""
+    if len(input_shape) != 3:
+        raise ValueError(
+            "input_shape must be (height, width, channels) for this model, "
+            f"got {tuple(input_shape)}."
+        )
 
 
 def set_convolution(module: nnx.Module, conv: Callable[..., Array]) -> nnx.Module:
@@ -52,35 +38,78 @@ def set_convolution(module: nnx.Module, conv: Callable[..., Array]) -> nnx.Modul
     return module
 
 
-def pure_functions(module: nnx.Module) -> tuple[Params, Callable, Callable, Statistics]:
+def input_statistics(x: Array, axis: int | Sequence[int] = -1) -> tuple[Array, Array]:
+    """Mean and (biased) variance over all axes but those of the features."""
+    features = {i % x.ndim for i in ((axis,) if isinstance(axis, int) else axis)}
+    axes = tuple(i for i in range(x.ndim) if i not in features)
+    return x.mean(axis=axes), x.var(axis=axes)
+
+
+class Pure(NamedTuple):
+    """A module in evaluation mode as pure functions.
+
+    Attributes:
+      params: the parameters, nested dicts.
+      apply: `apply(params, inputs) -> logits`.
+      statistics: `statistics(params, inputs)`, of the input of every batch norm, in the order in
+        which they run.
+      running: `running(input_shape)`, what those layers have stored, in the same order.
+    """
+
+    params: Params
+    apply: Callable[[Params, Array], Array]
+    statistics: Callable[[Params, Array], Statistics]
+    running: Callable[[Sequence[int]], Statistics]
+
+
+def pure_functions(module: nnx.Module, mode: Mapping[str, Any] = MappingProxyType({})) -> Pure:
     """Split a module in evaluation mode into parameters and pure functions of them.
 
     Args:
-      module: a module; its concrete state besides parameters rides along.
+      module: a module; its state besides parameters rides along.
+      mode: keywords of its call.
 
     Returns:
-      `(params, apply(params, inputs), statistics(params, inputs), running statistics)`.
+      The functions.
     """
     graph, template, rest = nnx.split(module, nnx.Param, ...)
-    norms = submodules(module, nnx.BatchNorm)
 
     def merged(params: Params) -> nnx.Module:
         state = jax.tree.map(lambda leaf: leaf, template)
         nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graph, state, rest)
+        # Copies, because a layer may write to its state, and this state is every call's.
+        return nnx.merge(graph, state, rest, copy=True)
 
     def apply(params: Params, inputs: Array) -> Array:
-        return merged(params)(inputs)
+        return merged(params)(inputs, **mode)
+
+    def noted(params: Params, inputs: Array) -> list[tuple[int, tuple[Array, Array]]]:
+        copy, notes = merged(params), []
+        for index, (_, norm) in enumerate(submodules(copy, nnx.BatchNorm)):
+            # This hook of batch norm is the one place where all calls pass, shared layers' too.
+            def promote(arrays, *, dtype, index=index, norm=norm, then=norm.promote_dtype):
+                notes.append((index, input_statistics(arrays[0], norm.axis)))
+                return then(arrays, dtype=dtype)
+
+            norm.promote_dtype = promote
+        copy(inputs, **mode)
+        return notes
 
     def statistics(params: Params, inputs: Array) -> Statistics:
-        model, notes = merged(params), {}
-        for path, norm in submodules(model, nnx.BatchNorm):
-            _replace(model, path, _Recorder(norm, notes, path))
-        model(inputs)
-        return [notes[path] for path, _ in norms]
+        return [note for _, note in noted(params, inputs)]
 
-    running = [(norm.mean[...], norm.var[...]) for _, norm in norms]
-    return nnx.to_pure_dict(template), apply, statistics, running
+    def running(input_shape: Sequence[int]) -> Statistics:
+        order: list[int] = []
+
+        def trace(params, inputs):
+            order.extend(index for index, _ in noted(params, inputs))
+
+        jax.eval_shape(trace, params, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
+        norms = [norm for _, norm in submodules(module, nnx.BatchNorm)]
+        return [(norms[index].mean[...], norms[index].var[...]) for index in order]
+
+    params = nnx.to_pure_dict(template)
+    return Pure(params, apply, statistics, running)
 
 
 def zoo_model(
@@ -107,25 +136,24 @@ def zoo_model(
     """
 
     @functools.cache
-    def functions(input_shape: tuple[int, ...]):
-        # Statistics must be concrete: a cache filled inside a trace may hold no tracers.
-        with jax.ensure_compile_time_eval():
-            module = nnx.eval_shape(lambda: build(input_shape, nnx.Rngs(0), conv))
-            module.eval()
-            for _, norm in submodules(module, nnx.BatchNorm):
-                norm.mean = nnx.BatchStat(jnp.zeros(norm.mean.shape))
-                norm.var = nnx.BatchStat(jnp.ones(norm.var.shape))
-            return pure_functions(module)
+    def functions(input_shape: tuple[int, ...]) -> Pure:
+        # NumPy, because a cache that is filled inside a trace may hold no tracers.
+        module = nnx.eval_shape(lambda: build(input_shape, nnx.Rngs(0), conv))
+        module.eval()
+        for _, norm in submodules(module, nnx.BatchNorm):
+            norm.mean = nnx.BatchStat(np.zeros(norm.mean.shape, np.float32))
+            norm.var = nnx.BatchStat(np.ones(norm.var.shape, np.float32))
+        return pure_functions(module)
 
     def init(key: Array, input_shape: Sequence[int]) -> Params:
         module = build(tuple(input_shape), nnx.Rngs(key), conv)
         return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
     def apply(params: Params, inputs: Array) -> Array:
-        return functions(tuple(inputs.shape[1:]))[1](params, inputs)
+        return functions(tuple(inputs.shape[1:])).apply(params, inputs)
 
     def statistics(params: Params, inputs: Array) -> Statistics:
-        return functions(tuple(inputs.shape[1:]))[2](params, inputs)
+        return functions(tuple(inputs.shape[1:])).statistics(params, inputs)
 
     def with_convolution(conv: Callable[..., Array]) -> Model:
         return zoo_model(build, num_classes, name, layers=layers, batch_norm=batch_norm, conv=conv)
@@ -138,7 +166,8 @@ def zoo_model(
         name,
         layers=layers,
         statistics=statistics if batch_norm else None,
-        running_statistics=None,
+        # Their number and sizes do not depend on the inputs, so any shape that fits will do.
+        running_statistics=functions((32, 32, 3)).running((32, 32, 3)) if batch_norm else None,
         with_convolution=with_convolution,
     )
 
@@ -153,7 +182,10 @@ def batch_dependence(apply: Callable[[Array], Array], input_shape: Sequence[int]
     Returns:
       Largest difference between batched and single logits over the largest logit.
     """
-    probe = jax.random.normal(jax.random.key(0), (4, *input_shape))
-    together = apply(probe)
-    alone = jnp.concatenate([apply(probe[i : i + 1]) for i in range(4)])
+    # Samples of different scale and offset, so that no batch statistic is that of its samples.
+    scale = jnp.array([0.5, 1.0, 2.0, 4.0]).reshape((4,) + (1,) * len(input_shape))
+    probe = scale * (1.0 + jax.random.normal(jax.random.key(0), (4, *input_shape)))
+    with jax.default_matmul_precision("highest"):
+        together = jax.jit(apply)(probe)
+        alone = jax.jit(jax.vmap(lambda x: apply(x[None])[0]))(probe)
     return float(jnp.abs(together - alone).max() / (jnp.abs(together).max() + 1e-12))

@@ -4,7 +4,7 @@ from flax import nnx
 
 from invjax.base import Model
 from invjax.models.chain import check_choice, initializers, make_norm
-from invjax.models.modules import zoo_model
+from invjax.models.modules import check_image_shape, zoo_model
 
 
 class Block(nnx.Module):
@@ -35,6 +35,7 @@ class Block(nnx.Module):
             self.norm3 = make_norm(norm, features, rngs)
 
     def __call__(self, x):
+        """Features of a batch of features."""
         h = nnx.relu(self.norm1(self.conv1(x)))
         h = self.norm2(self.conv2(h))
         skip = self.norm3(self.conv3(x)) if self.projects else x
@@ -45,6 +46,7 @@ class ResNet(nnx.Module):
     """A 3x3 stem, four groups of two blocks, a global average and a dense layer."""
 
     def __init__(self, input_shape, num_classes: int, width: int, norm: str, rngs, conv):
+        check_image_shape(input_shape)
         channels = input_shape[2]
         self.stem = nnx.Conv(
             channels,
@@ -68,6 +70,7 @@ class ResNet(nnx.Module):
         self.head = nnx.Linear(channels, num_classes, rngs=rngs, **initializers("torch", channels))
 
     def __call__(self, x):
+        """Logits of a batch."""
         x = nnx.relu(self.norm(self.stem(x)))
         for block in self.blocks:
             x = block(x)

@@ -149,8 +149,13 @@ def gradient_matching(
         observation = observation._replace(gradient=per_step_gradient(observation))
         return Context(observation, group=variables["inputs"].mean(axis=0))
 
-    def init(key: Array, observation: Observation) -> State:
+    def check(observation: Observation) -> None:
         check_observation(model, observation)
+        size = _batch_size(observation, batch_size)
+        if labels == "known":
+            _known_labels(observation, size)
+
+    def init(key: Array, observation: Observation) -> State:
         size = _batch_size(observation, batch_size)
         fixed = _fixed_labels(model, observation, labels, size)
         shape = (size, *observation.facts.input_shape)
@@ -268,6 +273,7 @@ def gradient_matching(
         num_steps,
         done=lambda state: state.finished.all(),
         objective=lambda state: jnp.min(state.best_value),
+        check=check,
     )
 
 
@@ -288,6 +294,10 @@ def _fixed_labels(model: Model, observation: Observation, labels: Labels, size: 
         return None
     if labels == "recovered":
         return label_recovery.recover(model, observation, size)
+    return _known_labels(observation, size)
+
+
+def _known_labels(observation: Observation, size: int) -> Array:
     if observation.labels is None:
         raise ValueError(
             "labels='known', but the observation grants none: observe(..., grant_labels=True), "

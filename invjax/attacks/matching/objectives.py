@@ -31,7 +31,7 @@ class Objective(NamedTuple):
 
 def _weighted(weights: PyTree | None, terms: PyTree) -> Array:
     terms = terms if weights is None else jax.tree.map(jnp.multiply, weights, terms)
-    return optax.tree.sum(terms)
+    return jnp.asarray(optax.tree.sum(terms))
 
 
 def squared_l2(weights: PyTree | None = None) -> Objective:

@@ -174,10 +174,17 @@ def batch_norm_statistics(model: Model, weight: float, first_weight: float = 1.0
     if model.statistics is None:
         raise ValueError(f"batch_norm_statistics: the model {model.name} has no batch norm.")
 
+    measure = model.statistics
+
     def value(inputs, context):
         granted = context.observation.statistics
         targets = model.running_statistics if granted is None else granted
-        found = model.statistics(context.observation.params, inputs)
+        if targets is None:
+            raise ValueError(
+                "batch_norm_statistics: neither the observation nor the model knows the statistics: "
+                "observe(..., grant_statistics=True), or a model from a trained module."
+            )
+        found = measure(context.observation.params, inputs)
         total = jnp.zeros((), inputs.dtype)
         for index, ((mean, variance), (target_mean, target_variance)) in enumerate(
             zip(found, targets, strict=True)
@@ -224,7 +231,8 @@ def patch_border(weight: float, patch: int) -> Prior:
         del context
         down = inputs[:, patch::patch] - inputs[:, patch - 1 : -1 : patch]
         right = inputs[:, :, patch::patch] - inputs[:, :, patch - 1 : -1 : patch]
-        return weight * sum(_norm(jump) / max(jump.size, 1) ** 0.5 for jump in (down, right))
+        rms = [_norm(jump) / max(jump.size, 1) ** 0.5 for jump in (down, right)]
+        return weight * (rms[0] + rms[1])
 
     return value
 

@@ -1,0 +1,127 @@
+"""What the server sees, and what is refused before anything is computed."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import invjax
+from invjax import Batch, gradients
+from invjax.observe import per_step_gradient
+
+MODEL = invjax.models.mlp((8,), num_classes=3)
+SHAPE = (4, 4, 1)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return MODEL.init(jax.random.key(0), SHAPE)
+
+
+@pytest.fixture
+def batch():
+    return Batch(jax.random.uniform(jax.random.key(1), (5, *SHAPE)), jnp.array([0, 1, 2, 1, 1]))
+
+
+def test_plain_observation(params, batch):
+    observation = invjax.observe(jax.random.key(0), MODEL, params, batch)
+    expected = jax.grad(MODEL.loss)(params, batch)
+    chex.assert_trees_all_close(observation.gradient, expected, rtol=1e-5)
+    assert observation.labels is None and observation.statistics is None
+    assert observation.facts.batch_size == 5 and observation.facts.input_shape == SHAPE
+
+
+def test_per_sample_defense_is_given_per_sample_gradients(params, batch):
+    defense = invjax.defenses.clip_per_sample(0.1)
+    observation = invjax.observe(jax.random.key(0), MODEL, params, batch, defense)
+    total = gradients.clipped_sum(MODEL, params, batch, 0.1)
+    expected = jax.tree.map(lambda leaf: leaf / 5, total)
+    chex.assert_trees_all_close(observation.gradient, expected, atol=1e-6)
+
+
+def test_grants(params, batch):
+    observation = invjax.observe(
+        jax.random.key(0), MODEL, params, batch, grant_labels=True, grant_batch_size=False
+    )
+    np.testing.assert_array_equal(observation.labels, batch.labels)
+    assert observation.facts.batch_size is None
+    with pytest.raises(ValueError, match="no batch norm"):
+        invjax.observe(jax.random.key(0), MODEL, params, batch, grant_statistics=True)
+    norms = invjax.models.resnet18(num_classes=3, width=8, norm="batch")
+    weights = norms.init(jax.random.key(0), (8, 8, 1))
+    images = Batch(jax.random.uniform(jax.random.key(1), (2, 8, 8, 1)), jnp.array([0, 1]))
+    seen = invjax.observe(jax.random.key(0), norms, weights, images, grant_statistics=True)
+    assert len(seen.statistics) == 20
+
+
+def test_public_randomness_is_published(params, batch):
+    defense = invjax.defenses.random_mask(0.5)
+    observation = invjax.observe(jax.random.key(0), MODEL, params, batch, defense)
+    (mask,) = observation.public
+    expected = jax.tree.map(
+        jnp.where, mask, observation.gradient, jax.tree.map(jnp.zeros_like, params)
+    )
+    chex.assert_trees_all_equal(observation.gradient, expected)
+
+
+def test_federated_update(params, batch):
+    local = invjax.LocalTraining(epochs=2, batch_size=2, learning_rate=0.1, num_samples=5)
+    observation = invjax.observe(jax.random.key(0), MODEL, params, batch, local=local)
+    assert observation.facts.local.num_steps == 6
+    chex.assert_trees_all_close(
+        per_step_gradient(observation),
+        jax.tree.map(lambda leaf: leaf / 0.6, observation.gradient),
+        rtol=1e-5,
+    )
+    with pytest.raises(ValueError, match="federated update has none"):
+        invjax.observe(
+            jax.random.key(0),
+            MODEL,
+            params,
+            batch,
+            invjax.defenses.clip_per_sample(1.0),
+            local=local,
+        )
+
+
+def test_vmaps_over_victims(params, batch):
+    batches = jax.tree.map(lambda leaf: leaf[:, None], batch)
+    keys = jax.random.split(jax.random.key(0), 5)
+    defense = invjax.defenses.gaussian_noise(0.1)
+    many = jax.jit(jax.vmap(lambda k, b: invjax.observe(k, MODEL, params, b, defense)))(
+        keys, batches
+    )
+    one = invjax.observe(
+        keys[2], MODEL, params, jax.tree.map(lambda leaf: leaf[2], batches), defense
+    )
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda leaf: leaf[2], many.gradient), one.gradient, atol=1e-6
+    )
+
+
+def test_bad_batches(params, batch):
+    inputs, labels = batch
+    cases = {
+        r"\[0, 2\]": Batch(inputs, labels + 1),
+        "finite": Batch(inputs.at[0].set(jnp.nan), labels),
+        r"shape \(5,\)": Batch(inputs, labels[:3]),
+        "B >= 1": Batch(inputs[:0], labels[:0]),
+        "do not fit": Batch(jnp.ones((5, 6, 6, 1)), labels),
+    }
+    for words, case in cases.items():
+        with pytest.raises(ValueError, match=words):
+            invjax.observe(jax.random.key(0), MODEL, params, case)
+    for case in (Batch(inputs, labels + 0.5), Batch(inputs.astype(int), labels)):
+        with pytest.raises(TypeError, match="batch"):
+            invjax.observe(jax.random.key(0), MODEL, params, case)
+
+
+def test_bad_params_and_defenses(params, batch):
+    with pytest.raises(ValueError, match="do not fit"):
+        invjax.observe(jax.random.key(0), MODEL, {"w": jnp.ones(3)}, batch)
+    wide = MODEL._replace(num_classes=7)
+    with pytest.raises(ValueError, match="logits"):
+        invjax.observe(jax.random.key(0), wide, params, batch)
+    with pytest.raises(TypeError, match="defense"):
+        invjax.observe(jax.random.key(0), MODEL, params, batch, "gaussian")

@@ -240,7 +240,7 @@ def interruptible(
     Raises:
       BaseException: whatever the work raised.
     """
-    stop, box = threading.Event(), {}
+    stop, begun, box = threading.Event(), threading.Event(), {}
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -254,6 +254,7 @@ def interruptible(
     printed = [-1.0]
 
     def on_chunk(progress: driver.Progress) -> None:
+        begun.set()
         if stop.is_set():
             raise KeyboardInterrupt
         value = np.nan if progress.objective is None else float(np.median(progress.objective))
@@ -278,7 +279,9 @@ def interruptible(
                 thread.join(0.1)
         except KeyboardInterrupt:
             stop.set()
-            thread.join(1.5)
+            # Before the first step there is nothing to save; after it, the end of a chunk and the
+            # measurements are near.
+            thread.join(15 if begun.is_set() else 1)
     if "error" in box:
         raise box["error"]
     return box.get("outcome")

@@ -187,7 +187,7 @@ def test_interruption_writes_what_was_finished(tmp_path):
     started = time.time()
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130, output
-    assert time.time() - started < 6.0
+    assert time.time() - started < 15
     rows = pq.read_table(out / "results.parquet").to_pylist()
     assert len(rows) == 2 and all(row["interrupted"] for row in rows)
     assert "Interrupted" in output

@@ -120,6 +120,10 @@ def from_stages(*stages: Elementary, name: str | None = None, key: Array | None 
 
     def law(observed, candidate, public=None, slack=None) -> Law:
         slack = _default_slack(observed) if slack is None else slack
+        # An adversary may assume a defence that the client did not use.
+        published = (
+            (None,) * len(stages) if public is None or len(public) != len(stages) else public
+        )
         count = _leading_size(candidate, name) if per_sample else 1
         law = Law(location=candidate, count=count, slack=slack)
         aggregated = not per_sample
@@ -127,9 +131,7 @@ def from_stages(*stages: Elementary, name: str | None = None, key: Array | None 
             if stage.stage == "aggregate" and not aggregated:
                 law, aggregated = aggregate(law), True
             readable = all(later.keeps_zeros for later in stages[index + 1 :])
-            law = stage.propagate(
-                law, observed if readable else None, None if public is None else public[index]
-            )
+            law = stage.propagate(law, observed if readable else None, published[index])
         return law if aggregated else aggregate(law)
 
     def defense_log_likelihood(observed, candidate, public=None, slack=None) -> Array:

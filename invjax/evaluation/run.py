@@ -116,10 +116,13 @@ def attack_victims(
         )
 
     observations = jax.jit(jax.vmap(watch))(observe_keys, victims)
+    # Measured once beforehand, so that an interruption need not wait for compilations.
+    _match(victims.inputs, victims.inputs)
+    measure(experiment.dataset, np.asarray(victims.inputs), np.asarray(victims.inputs))
     reconstruction = driver.run(
         experiment.attack, attack_keys, observations, batched=True, on_chunk=on_chunk
     )
-    order = jax.vmap(metrics.match)(reconstruction.inputs, victims.inputs)
+    order = _match(reconstruction.inputs, victims.inputs)
     inputs, labels, found = (
         np.asarray(jax.vmap(lambda leaf, index: leaf[index])(leaf, order))
         for leaf in (reconstruction.inputs, reconstruction.labels, reconstruction.found)
@@ -145,6 +148,9 @@ def attack_victims(
         interrupted=bool(reconstruction.diagnostics["interrupted"]),
         seconds=time.perf_counter() - started,
     )
+
+
+_match = jax.jit(jax.vmap(metrics.match))
 
 
 def measure(

@@ -78,7 +78,8 @@ def test_strength_zero_trains_as_without(problem, name):
     per_sample = defense.stage == "per_sample"
     plain, plain_accuracy = train(problem, None, per_sample)
     params, accuracy = train(problem, defense, per_sample)
-    chex.assert_trees_all_equal(params, plain)
+    # The order of summation may differ in the last bit.
+    chex.assert_trees_all_close(params, plain, atol=1e-6)
     assert accuracy == plain_accuracy > 0.6
 
 

@@ -240,7 +240,8 @@ def interruptible(
     Raises:
       BaseException: whatever the work raised.
     """
-    stop, begun, box = threading.Event(), threading.Event(), {}
+    # Not `Thread.join`: interrupted, it may take a running thread for a finished one.
+    stop, begun, finished, box = threading.Event(), threading.Event(), threading.Event(), {}
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -270,18 +271,20 @@ def interruptible(
             box["outcome"] = work(on_chunk)
         except BaseException as error:
             box["error"] = error
+        finally:
+            finished.set()
 
     thread = threading.Thread(target=target, daemon=True)
     with bar:
         thread.start()
         try:
-            while thread.is_alive():
-                thread.join(0.1)
+            while not finished.wait(0.1):
+                pass
         except KeyboardInterrupt:
             stop.set()
             # Before the first step there is nothing to save; after it, the end of a chunk and the
             # measurements are near.
-            thread.join(15 if begun.is_set() else 1)
+            finished.wait(15 if begun.is_set() else 1)
     if "error" in box:
         raise box["error"]
     return box.get("outcome")

@@ -18,9 +18,9 @@ from invjax.models import resnet, zoo
 
 def _mlp(*widths: Any, **settings: Any) -> Model:
     """As the command line writes it: `mlp(64, 32)` lists the widths."""
-    if widths:
-        settings["widths"] = widths if isinstance(widths[0], int) else widths[0]
-    return zoo.mlp(**settings)
+    listed = widths and all(isinstance(width, int) for width in widths)
+    arguments: Any = (widths,) if listed else widths
+    return zoo.mlp(*arguments, **settings)
 
 
 _ZOO: dict[str, Callable[..., Model]] = {"mlp": _mlp} | {

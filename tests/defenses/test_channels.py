@@ -142,7 +142,7 @@ def test_the_likelihood_tells_the_scale(name):
 
         return jax.vmap(one)(scales)
 
-    scores = np.asarray(jax.jit(jax.vmap(score))(jax.random.split(jax.random.key(6), 2000)))
+    scores = np.asarray(jax.jit(jax.vmap(score))(jax.random.split(jax.random.key(6), 10_000)))
     for column in (1, 2):
         gain = np.asarray(scores[:, 0] - scores[:, column], np.float64)
         assert gain.mean() > 3 * gain.std() / gain.size**0.5

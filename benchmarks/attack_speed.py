@@ -80,23 +80,20 @@ def case(name: str, batch_size: int, restarts: int, steps: int, rounds: int, pla
     layers = model.layers(params)
     weights = torch_peer.parameters(layers)
 
-    def to_torch(x):
-        return torch.tensor(np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, -3)))
-
     labels = torch.tensor(np.asarray(batch.labels), dtype=torch.long)
-    target = torch_peer.target_gradient(layers, weights, to_torch(batch.inputs), labels)
+    target = torch_peer.target_gradient(layers, weights, torch_peer.from_images(batch.inputs), labels)
     value = torch_peer.objective(layers, weights, target, labels, TV)
-    theirs = [float(value(to_torch(start)).detach()) for start in starts]
+    theirs = [float(value(torch_peer.from_images(start)).detach()) for start in starts]
     np.testing.assert_allclose(state.value, theirs, rtol=1e-4)
 
     advance = jax.jit(lambda o, s: jax.lax.fori_loop(0, steps, lambda _, s: attack.step(o, s), s))
     systems = {
         "invjax": lambda: jax.block_until_ready(advance(observation, state)),
-        "torch": torch_peer.attack_loop(value, to_torch(starts), steps),
+        "torch": torch_peer.attack_loop(value, torch_peer.from_images(starts), steps),
     }
     if restarts > 1:
         systems["torch_vmap"] = torch_peer.attack_vmapped(
-            layers, weights, target, labels, TV, to_torch(starts), steps
+            layers, weights, target, labels, TV, torch_peer.from_images(starts), steps
         )
     if plain:
         run, plain_value = plain_attack(model, steps, restarts)

@@ -28,6 +28,16 @@ def parameters(layers: Sequence[Layer]) -> list[torch.Tensor]:
     return [tensor.requires_grad_() for tensor in tensors]
 
 
+def from_images(images: Any) -> torch.Tensor:
+    """Images `[..., H, W, C]` in PyTorch's layout."""
+    return torch.tensor(np.ascontiguousarray(np.moveaxis(np.asarray(images), -1, -3)))
+
+
+def to_images(tensor: torch.Tensor) -> np.ndarray:
+    """The other way round."""
+    return np.ascontiguousarray(np.moveaxis(tensor.numpy(), -3, -1))
+
+
 def logits(layers: Sequence[Layer], params: Sequence[torch.Tensor], x: torch.Tensor):
     """The network on images `[B, C, H, W]`; flattening follows our channels-last order."""
     remaining = iter(params)
@@ -69,21 +79,29 @@ def target_gradient(layers, params, x, labels) -> list[torch.Tensor]:
     return [gradient.detach() for gradient in torch.autograd.grad(loss, params)]
 
 
-def attack_loop(value, starts: torch.Tensor, steps: int) -> Callable[[], list[torch.Tensor]]:
-    """Restarts one after another, as the frameworks do: signed Adam and a box, `steps` each."""
+def attack_loop(
+    value, starts: torch.Tensor, steps: int, box: Any = (0, 1), decay: bool = False
+) -> Callable[[], list[torch.Tensor]]:
+    """Restarts one after another, as the frameworks do: signed Adam and a box, `steps` each.
+
+    With `decay` the rate falls to a tenth after 3/8, 5/8 and 7/8 of the steps.
+    """
 
     def run() -> list[torch.Tensor]:
         results = []
+        milestones = [int(steps * part / 8) for part in (3, 5, 7)] if decay else []
         for start in starts:
             x = start.clone().requires_grad_()
             optimizer = torch.optim.Adam([x], lr=0.1)
+            schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
             for _ in range(steps):
                 optimizer.zero_grad()
                 (x.grad,) = torch.autograd.grad(value(x), [x])
                 x.grad.sign_()
                 optimizer.step()
+                schedule.step()
                 with torch.no_grad():
-                    x.clamp_(0, 1)
+                    x.clamp_(*box)
             results.append(x.detach())
         return results
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import tyro
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -357,7 +358,6 @@ def short_row(row: dict[str, Any]) -> dict[str, Any]:
         "recovered_label": "recovered",
         "psnr": "PSNR",
         "ssim": "SSIM",
-        "mse": "MSE",
         "baseline_grey_psnr": "grey",
         "baseline_mean_psnr": "mean",
         "objective": "objective",
@@ -369,9 +369,9 @@ def short_row(row: dict[str, Any]) -> dict[str, Any]:
 def result_table(outcome: run.Outcome) -> Table:
     """The table at the end of a run."""
     rows = [short_row(row) for row in outcome.rows]
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in rows[0]:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             *(

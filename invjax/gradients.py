@@ -132,6 +132,40 @@ def scale_samples(gradients: PyTree, scale: Array) -> PyTree:
     )
 
 
+def sum_samples(gradients: PyTree) -> PyTree:
+    """Sum of per-sample gradients.
+
+    As a product with ones: XLA's CPU lowering of `sum(axis=0)` over the outer products of a dense
+    layer is many times slower.
+
+    Args:
+      gradients: per-sample gradients, leaves `[B, ...]`.
+
+    Returns:
+      A tree without the sample axis.
+    """
+
+    def total(leaf):
+        ones = jnp.ones(leaf.shape[0], leaf.dtype)
+        return jnp.tensordot(ones, leaf, 1, precision=jax.lax.Precision.HIGHEST)
+
+    return jax.tree.map(total, gradients)
+
+
+def mean_samples(gradients: PyTree) -> PyTree:
+    """Mean of per-sample gradients; see `sum_samples`.
+
+    Args:
+      gradients: per-sample gradients, leaves `[B, ...]`.
+
+    Returns:
+      A tree without the sample axis.
+    """
+    return jax.tree.map(
+        lambda leaf, total: total / leaf.shape[0], gradients, sum_samples(gradients)
+    )
+
+
 def clipped_sum(
     model: Model,
     params: Params,
@@ -160,8 +194,7 @@ def clipped_sum(
 
     def clipped(batch: Batch) -> Params:
         gradients = per_sample_gradients(model, params, batch)
-        scaled = scale_samples(gradients, clip_scale(gradients, clip_norm))
-        return jax.tree.map(lambda leaf: leaf.sum(axis=0), scaled)
+        return sum_samples(scale_samples(gradients, clip_scale(gradients, clip_norm)))
 
     size = batch.inputs.shape[0]
     if microbatch_size is None or microbatch_size == size:

@@ -11,6 +11,7 @@ import optax
 
 from invjax.base import Array, Defense, Params, PyTree, Stage
 from invjax.defenses.law import Law, aggregate, log_likelihood
+from invjax.gradients import mean_samples
 
 
 class Elementary(NamedTuple):
@@ -107,10 +108,10 @@ def from_stages(*stages: Elementary, name: str | None = None, key: Array | None 
         new_state = []
         for stage, stage_state in zip(stages, state, strict=True):
             if stage.stage == "aggregate" and not aggregated:
-                updates, aggregated = _mean(updates), True
+                updates, aggregated = mean_samples(updates), True
             updates, stage_state = stage.update(updates, stage_state, count)
             new_state.append(stage_state)
-        updates = updates if aggregated else _mean(updates)
+        updates = updates if aggregated else mean_samples(updates)
         # A strength may be wider than the gradient.
         updates = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), updates, dtypes)
         return updates, tuple(new_state)
@@ -179,10 +180,6 @@ def chain(*defenses: Defense, key: Array | None = None) -> Defense:
         name=",".join(defense.name for defense in defenses),
         key=key,
     )
-
-
-def _mean(gradients: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf.mean(axis=0), gradients)
 
 
 def _leading_size(gradients: PyTree, name: str, params: Params | None = None) -> int:

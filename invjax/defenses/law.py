@@ -14,6 +14,7 @@ import optax
 from invjax.base import Array, PyTree
 from invjax.defenses import densities
 from invjax.defenses.densities import Noise, log_density, log_interval, log_stochastic_rounding
+from invjax.gradients import mean_samples
 
 
 class Rounding(NamedTuple):
@@ -168,11 +169,8 @@ def aggregate(law: Law) -> Law:
         raise ValueError(
             "The mean of per-sample Laplace noise has no closed form for batches over 1."
         )
-
-    def mean(tree, power=1):
-        return jax.tree.map(lambda leaf: leaf.mean(axis=0) / law.count ** (power - 1), tree)
-
-    return law._replace(location=mean(law.location), variance=mean(law.variance, power=2))
+    variance = jax.tree.map(lambda leaf: leaf / law.count, mean_samples(law.variance))
+    return law._replace(location=mean_samples(law.location), variance=variance)
 
 
 def mix(law: Law, slab: Array, spike: Array) -> Array:

@@ -29,9 +29,7 @@ SOLVED = 1e-6
 
 def psnr(dataset, reconstruction, truth) -> float:
     """Decibels in raw units, matched within the batch, averaged over it."""
-    raw = [
-        jnp.clip(datasets.denormalize(dataset, side), 0, 1) for side in (reconstruction, truth)
-    ]
+    raw = [jnp.clip(datasets.denormalize(dataset, side), 0, 1) for side in (reconstruction, truth)]
     ordered = raw[0][metrics.match(*raw)]
     return float(metrics.psnr(ordered, raw[1], data_range=1.0).mean())
 

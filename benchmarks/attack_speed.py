@@ -81,7 +81,9 @@ def case(name: str, batch_size: int, restarts: int, steps: int, rounds: int, pla
     weights = torch_peer.parameters(layers)
 
     labels = torch.tensor(np.asarray(batch.labels), dtype=torch.long)
-    target = torch_peer.target_gradient(layers, weights, torch_peer.from_images(batch.inputs), labels)
+    target = torch_peer.target_gradient(
+        layers, weights, torch_peer.from_images(batch.inputs), labels
+    )
     value = torch_peer.objective(layers, weights, target, labels, TV)
     theirs = [float(value(torch_peer.from_images(start)).detach()) for start in starts]
     np.testing.assert_allclose(state.value, theirs, rtol=1e-4)

@@ -29,7 +29,8 @@ class State(NamedTuple):
       gradient: its gradient.
       best: variables of the lowest objective so far.
       best_value: `[R]` that objective.
-      stale: `[R]` steps since it last fell noticeably.
+      reference: `[R]` the lowest objective when it last fell noticeably.
+      stale: `[R]` steps since then.
       finished: `[R]` restarts that are done.
       trace: `[R, num_steps + 1]` objectives, NaN where not run.
       count: steps done.
@@ -42,6 +43,7 @@ class State(NamedTuple):
     gradient: dict[str, Array]
     best: dict[str, Array]
     best_value: Array
+    reference: Array
     stale: Array
     finished: Array
     trace: Array
@@ -107,8 +109,9 @@ def gradient_matching(
         gradient first, `joint` optimises soft labels along with the inputs.
       initializer: `initializer(key, shape, observation) -> inputs`; standard normal by default.
       restarts: independent starts.
-      patience: a restart ends after this many steps without a noticeable fall; never where `None`.
-      tolerance: the relative fall of the objective that is noticeable.
+      patience: a restart ends when the objective did not fall by `tolerance` in this many steps;
+        never where `None`.
+      tolerance: relative.
       batch_size: how many inputs to reconstruct; the observation's own where `None`.
       backend: `cpu`, `gpu` or `tpu`: how convolutions are computed; the present one where `None`.
 
@@ -188,6 +191,7 @@ def gradient_matching(
             gradient=gradient,
             best=variables,
             best_value=value,
+            reference=value,
             stale=jnp.zeros(restarts, jnp.int32),
             finished=~jnp.isfinite(value),
             trace=jnp.full((restarts, num_steps + 1), jnp.nan).at[:, 0].set(value),
@@ -224,7 +228,7 @@ def gradient_matching(
         old = (state.variables, state.optimizer, state.value, state.gradient)
         variables, optimizer_state, value, gradient = _select(state.finished, old, moved)
         better = value < state.best_value
-        noticeable = value < state.best_value - tolerance * jnp.abs(state.best_value)
+        noticeable = value < state.reference - tolerance * jnp.abs(state.reference)
         stale = jnp.where(noticeable, 0, state.stale + 1)
         finished = state.finished | ~jnp.isfinite(value)
         if patience is not None:
@@ -238,6 +242,7 @@ def gradient_matching(
             gradient=gradient,
             best=_select(better, variables, state.best),
             best_value=jnp.where(better, value, state.best_value),
+            reference=jnp.where(noticeable, value, state.reference),
             stale=stale,
             finished=finished,
             trace=state.trace.at[:, count].set(traced),

@@ -78,6 +78,7 @@ def dlg(
         "objective": objectives.squared_l2(),
         "optimizer": lbfgs(),
         "patience": 300,
+        "tolerance": 0.1,
         **settings,
     }
     return gradient_matching(

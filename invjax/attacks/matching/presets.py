@@ -149,7 +149,7 @@ def inverting_gradients(
 
     Args:
       model: the model.
-      total_variation: weight of the anisotropic total variation.
+      total_variation: weight of the anisotropic total variation; 0 for inputs that are no images.
       learning_rate: of signed Adam, in input units (published on inputs of unit variance).
       num_steps: steps.
       restarts: independent starts.
@@ -161,7 +161,7 @@ def inverting_gradients(
     """
     settings: dict[str, Any] = {
         "objective": objectives.cosine(),
-        "prior": priors.total_variation(total_variation),
+        "prior": priors.combine(*_smoothness(total_variation, "anisotropic")),
         "optimizer": signed_adam(learning_rate, num_steps),
         "constraint": priors.project_to_box,
         **settings,
@@ -191,7 +191,7 @@ def gradinversion(
 
     Args:
       model: the model.
-      total_variation: weight of the isotropic total variation.
+      total_variation: weight of the isotropic total variation; 0 for inputs that are no images.
       l2: weight of the mean squared value.
       batch_norm: weight of the batch-norm statistics.
       group: weight of the distance to the mean of the restarts.
@@ -204,7 +204,7 @@ def gradinversion(
     Returns:
       The attack.
     """
-    terms = [priors.total_variation(total_variation, "isotropic"), priors.l2(l2)]
+    terms = [*_smoothness(total_variation, "isotropic"), priors.l2(l2)]
     if restarts > 1:
         terms.append(priors.group_consistency(group))
     if model.statistics is not None:
@@ -259,3 +259,9 @@ def bayes(
     return gradient_matching(
         model, prior=prior, num_steps=num_steps, restarts=restarts, labels=labels, **settings
     )
+
+
+def _smoothness(weight: float, kind: priors.Variation) -> list[priors.Prior]:
+    """Total variation, or nothing at weight 0, so that inputs which are no images have the attack too."""
+    absent = isinstance(weight, int | float) and weight == 0
+    return [] if absent else [priors.total_variation(weight, kind)]

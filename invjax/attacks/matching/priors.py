@@ -1,7 +1,7 @@
 """Priors of gradient matching: negative log-densities of the private inputs, up to constants."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 
@@ -22,6 +22,8 @@ class Context(NamedTuple):
 
 Prior = Callable[[Array, Context], Array]
 """`prior(inputs [B, ...], context) -> scalar`, lower is likelier."""
+
+Variation = Literal["anisotropic", "isotropic", "squared"]
 
 
 def uniform() -> Prior:
@@ -49,7 +51,7 @@ def combine(*priors: Prior) -> Prior:
 
 def total_variation(
     weight: float,
-    kind: Literal["anisotropic", "isotropic", "squared"] = "anisotropic",
+    kind: Variation = "anisotropic",
     periodic: bool = False,
 ) -> Prior:
     """Total variation of images `[B, H, W, C]`, any number of channels.
@@ -68,7 +70,7 @@ def total_variation(
     Raises:
       ValueError: an unknown kind.
     """
-    if kind not in ("anisotropic", "isotropic", "squared"):
+    if kind not in get_args(Variation):
         raise ValueError(f"kind must be 'anisotropic', 'isotropic' or 'squared', got {kind!r}.")
 
     def differences(inputs):

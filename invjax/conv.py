@@ -2,13 +2,16 @@
 
 A gradient-matching step differentiates convolutions twice. On CPU XLA lowers the derivatives of
 `lax.conv` badly inside loops and under `vmap`; two passes of strided slices and one matrix product
-(im2col) do not have that problem. GPUs and TPUs want `lax.conv`.
+(im2col) do not have that problem. GPUs and TPUs want `lax.conv`, and all instances at once; a CPU
+wants as many as its cache holds.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax import lax
 
@@ -96,15 +99,17 @@ def _all_ones(dilation: Sequence[int] | None) -> bool:
 
 
 def _windows(x: Array, axis: int, size: int, stride: int) -> Array:
-    """Concatenate the `size` shifted, strided views of one axis along the channels."""
+    """Join the `size` shifted, strided views of one axis along the channels."""
     length = (x.shape[axis] - size) // stride + 1
-    return jnp.concatenate(
+    # Stacked, because XLA would fuse a concatenation into its readers and compute it for each.
+    views = jnp.stack(
         [
             lax.slice_in_dim(x, start, start + (length - 1) * stride + 1, stride, axis)
             for start in range(size)
         ],
-        axis=-1,
+        axis=-2,
     )
+    return views.reshape(*views.shape[:-2], -1)
 
 
 def for_matching(model: Model, backend: str | None = None) -> Model:
@@ -137,3 +142,47 @@ def keeps_lax_conv(function: Callable[..., Any], *args: Any) -> bool:
       True if the primitive occurs anywhere in its jaxpr.
     """
     return "conv_general_dilated" in str(jax.make_jaxpr(function)(*args))
+
+
+GROUP_BYTES = 1_300_000
+"""Largest intermediate array of instances that a CPU computes together, measured on 32 MB of cache."""
+
+
+def grouped_vmap(function: Callable[..., Any], backend: str | None = None) -> Callable[..., Any]:
+    """`jax.vmap` over the leading axis of all arguments; on CPU one group after another.
+
+    Vectorised over all instances, a large network's intermediates leave the cache: 8 instances of a
+    ConvNet step are a quarter slower than twice 4. A function that keeps `lax.conv` is not put
+    into a loop.
+
+    Args:
+      function: any traceable function.
+      backend: `cpu`, `gpu` or `tpu`; the present one where `None`.
+
+    Returns:
+      The vectorised function; equal to `vmap` up to rounding.
+    """
+
+    def vectorized(*args):
+        if (jax.default_backend() if backend is None else backend) != "cpu":
+            return jax.vmap(function)(*args)
+        (size,) = {leaf.shape[0] for leaf in jax.tree.leaves(args)}
+        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), args)
+        jaxpr = jax.make_jaxpr(function)(*one).jaxpr
+        fitting = max(1, GROUP_BYTES // max(_intermediates(jaxpr), default=1))
+        group = max(count for count in range(1, size + 1) if size % count == 0 and count <= fitting)
+        if group == size or "conv_general_dilated" in str(jaxpr):
+            return jax.vmap(function)(*args)
+        return jax.lax.map(lambda instance: function(*instance), args, batch_size=group)
+
+    return vectorized
+
+
+def _intermediates(jaxpr) -> Iterator[int]:
+    """Bytes of every array that a jaxpr computes by a matrix product, inner jaxprs included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            for variable in (*equation.invars, *equation.outvars):
+                yield math.prod(variable.aval.shape) * variable.aval.dtype.itemsize
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from _intermediates(inner)

@@ -1,5 +1,6 @@
 """The fast convolution equals the plain one, in value and in both derivatives."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,3 +82,38 @@ def test_chosen_by_backend():
         assert conv.keeps_lax_conv(chosen.apply, params, x) == keeps
     fixed = model._replace(with_convolution=None)
     assert conv.for_matching(fixed, "cpu") is fixed
+
+
+def step_like(x):
+    """An intermediate of 100 kB, so that thirteen of these make one group on CPU."""
+    patches = jnp.broadcast_to(x[:, None], (x.size, 25_000 // x.size)).T
+    return {"y": jnp.tanh(patches @ x[:, None]).sum(), "x": 2 * x}
+
+
+@pytest.mark.parametrize("size", [1, 7, 26, 40])
+def test_groups_are_vmap(size):
+    x = jax.random.normal(jax.random.key(0), (size, 5))
+    expected = jax.vmap(step_like)(x)
+    for function in (conv.grouped_vmap(step_like), jax.jit(conv.grouped_vmap(step_like))):
+        chex.assert_trees_all_close(function(x), expected, rtol=1e-5)
+    over_victims = jax.vmap(conv.grouped_vmap(step_like))(jnp.stack([x, -x]))
+    chex.assert_trees_all_close(jax.tree.map(lambda y: y[0], over_victims), expected, rtol=1e-5)
+
+
+def test_groups_are_of_the_cpu_and_of_its_cache():
+    def loops(function, size, backend="cpu"):
+        x = jax.ShapeDtypeStruct((size, 5), jnp.float32)
+        return "scan" in str(jax.make_jaxpr(conv.grouped_vmap(function, backend))(x))
+
+    assert [loops(step_like, size) for size in (1, 13, 26, 40)] == [False, False, True, True]
+    assert not loops(step_like, 40, "gpu") and not loops(step_like, 40, "tpu")
+
+    def keeps_conv(x):
+        kernel = jnp.ones((1, 1, 1, 1))
+        image = lax.conv_general_dilated(
+            x[None, :, None, None], kernel, (1, 1), "SAME", dimension_numbers=NHWC
+        )
+        return step_like(image.ravel())
+
+    # A loop is what a convolution's derivatives must not stand in.
+    assert not loops(keeps_conv, 40)

@@ -1,5 +1,6 @@
 """The one loop of gradient matching: objective + prior + optimizer + constraint + restarts."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -222,10 +223,9 @@ def gradient_matching(
 
     def step(observation: Observation, state: State) -> State:
         context = prepare(observation, state.variables)
-        moved = jax.vmap(advance, in_axes=(0, 0, 0, 0, None, None))(
-            state.variables, state.optimizer, state.value, state.gradient, state.labels, context
-        )
         old = (state.variables, state.optimizer, state.value, state.gradient)
+        one = functools.partial(advance, fixed=state.labels, context=context)
+        moved = conv.grouped_vmap(one, backend)(*old)
         variables, optimizer_state, value, gradient = _select(state.finished, old, moved)
         better = value < state.best_value
         noticeable = value < state.reference - tolerance * jnp.abs(state.reference)

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from invjax.base import Array, Model, Observation
 
@@ -74,9 +76,13 @@ def total_variation(
         raise ValueError(f"kind must be 'anisotropic', 'isotropic' or 'squared', got {kind!r}.")
 
     def differences(inputs):
-        if periodic:
-            return inputs - jnp.roll(inputs, 1, 1), inputs - jnp.roll(inputs, 1, 2)
-        return jnp.diff(inputs, axis=1), jnp.diff(inputs, axis=2)
+        # As products: the derivatives of slices are chains of branches that XLA computes eight
+        # times an element on CPU, a third of a step of a small network.
+        _, height, width, _ = inputs.shape
+        exact = jax.lax.Precision.HIGHEST
+        down = jnp.einsum("ij,bjwc->biwc", _differences(height, periodic), inputs, precision=exact)
+        right = jnp.einsum("ij,bhjc->bhic", _differences(width, periodic), inputs, precision=exact)
+        return down, right
 
     def value(inputs, context):
         del context
@@ -95,6 +101,13 @@ def total_variation(
         return weight * jnp.sqrt(squares + 1e-8).mean()
 
     return value
+
+
+def _differences(size: int, periodic: bool) -> np.ndarray:
+    """The matrix that subtracts from every pixel of a line the one before it."""
+    matrix = np.eye(size, dtype=np.float32)
+    matrix -= np.roll(matrix, -1, axis=1)
+    return matrix if periodic else matrix[1:]
 
 
 def l2(weight: float) -> Prior:

@@ -73,7 +73,7 @@ def runner(attack: Attack, *, batched: bool = False, chunk: int | None = None) -
         return jax.vmap(function) if batched else function
 
     init = jax.jit(vectorized(attack.init))
-    step = vectorized(attack.step)
+    step = conv.grouped_vmap(attack.step) if batched else attack.step
     result = jax.jit(vectorized(attack.result))
     one = jax.jit(step, donate_argnums=1)
 

@@ -301,9 +301,9 @@ def contents(
     flat_truth = outcome.truth.reshape(-1, *outcome.truth.shape[2:])
     flat_reconstruction = outcome.reconstruction.reshape(flat_truth.shape)
     captions = [f"{row['psnr']:.1f} dB" for row in outcome.rows]
-    low, high = (float(np.mean(bound)) for bound in experiment.dataset.value_range)
+    span = run.raw_range(experiment.dataset)
     figures = {
-        "comparison.png": report.comparison(flat_truth, flat_reconstruction, captions, (low, high)),
+        "comparison.png": report.comparison(flat_truth, flat_reconstruction, captions, span),
         "objective.png": report.objective_curves(outcome.trace),
     }
     columns = {**{name: str(value) for name, value in settings.items()}, **made}

@@ -118,7 +118,8 @@ def attack_victims(
     observations = jax.jit(jax.vmap(watch))(observe_keys, victims)
     # Measured once beforehand, so that an interruption need not wait for compilations.
     _match(victims.inputs, victims.inputs)
-    measure(experiment.dataset, np.asarray(victims.inputs), np.asarray(victims.inputs))
+    truth = np.asarray(datasets.denormalize(experiment.dataset, victims.inputs))
+    measure(experiment.dataset, truth, truth)
     reconstruction = driver.run(
         experiment.attack, attack_keys, observations, batched=True, on_chunk=on_chunk
     )
@@ -127,7 +128,7 @@ def attack_victims(
         np.asarray(jax.vmap(lambda leaf, index: leaf[index])(leaf, order))
         for leaf in (reconstruction.inputs, reconstruction.labels, reconstruction.found)
     )
-    truth = np.asarray(victims.inputs)
+    inputs = np.asarray(datasets.denormalize(experiment.dataset, inputs))
     rows = measure(experiment.dataset, truth, inputs)
     for index, row in enumerate(rows):
         victim, sample = divmod(index, experiment.batch_size)
@@ -160,13 +161,13 @@ def measure(
 
     Args:
       dataset: says the value range and the mean image (over the whole set).
-      truth: `[N, B, ...]`.
-      reconstruction: `[N, B, ...]`, matched to the truth.
+      truth: `[N, B, ...]`, raw units.
+      reconstruction: `[N, B, ...]`, raw units, matched to the truth.
 
     Returns:
       `N * B` dicts, victim by victim.
     """
-    low, high = (float(np.mean(bound)) for bound in dataset.value_range)
+    low, high = raw_range(dataset)
     flat = [jnp.asarray(side).reshape(-1, *side.shape[2:]) for side in (truth, reconstruction)]
     columns = {
         "psnr": metrics.psnr(flat[1], flat[0], data_range=high - low),
@@ -174,11 +175,21 @@ def measure(
     }
     if flat[0].ndim == 4:
         columns["ssim"] = metrics.ssim(flat[1], flat[0], data_range=high - low)
-    mean_image = jnp.asarray(dataset.inputs.mean(axis=0))
+    mean_image = jnp.asarray(datasets.denormalize(dataset, dataset.inputs.mean(axis=0)))
     guesses = metrics.baselines(flat[0], mean_image, value_range=(low, high))
     columns |= {f"baseline_{name}_psnr": value for name, value in guesses.items()}
     arrays = {name: np.asarray(value) for name, value in columns.items()}
     return [{name: float(value[i]) for name, value in arrays.items()} for i in range(len(flat[0]))]
+
+
+def raw_range(dataset: datasets.Dataset) -> tuple[float, float]:
+    """Lowest and highest value in raw units, averaged over channels where these differ."""
+    channels = dataset.mean.shape
+    low, high = (
+        float(np.mean(datasets.denormalize(dataset, np.broadcast_to(bound, channels))))
+        for bound in dataset.value_range
+    )
+    return low, high
 
 
 def best_so_far(trace: Any) -> np.ndarray:

@@ -136,6 +136,21 @@ def test_victims_are_those_drawn(outcome):
     np.testing.assert_array_equal(outcome.labels, batch.labels)
 
 
+def test_a_normalized_data_set_is_measured_in_raw_units(outcome):
+    normalized = datasets.normalized(images())
+    scaled = attack_victims(experiment(ATTACK, normalized))
+    np.testing.assert_allclose(scaled.truth, outcome.truth, atol=1e-5)
+    low, high = images().value_range
+    assert run.raw_range(normalized) == pytest.approx((low, high), abs=1e-5)
+    for row, raw in zip(scaled.rows, outcome.rows, strict=True):
+        # The starts differ, the guesses that look at no gradient do not.
+        for name in ("baseline_grey_psnr", "baseline_mean_psnr"):
+            assert row[name] == pytest.approx(raw[name], abs=1e-3)
+    error = np.square(scaled.reconstruction - scaled.truth).mean(axis=(2, 3, 4)).ravel()
+    psnr = [row["psnr"] for row in scaled.rows]
+    np.testing.assert_allclose(psnr, 10 * np.log10((high - low) ** 2 / error), rtol=1e-4)
+
+
 def test_victims_get_keys_of_their_own():
     def init(key, observation):
         del observation

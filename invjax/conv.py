@@ -144,7 +144,7 @@ def keeps_lax_conv(function: Callable[..., Any], *args: Any) -> bool:
     return "conv_general_dilated" in str(jax.make_jaxpr(function)(*args))
 
 
-GROUP_BYTES = 1_300_000
+GROUP_BYTES = 640_000
 """Largest intermediate array of instances that a CPU computes together, measured on 32 MB of cache."""
 
 

@@ -154,7 +154,7 @@ def check_batch(model: Model, batch: Batch) -> None:
     low, high = int(np.min(labels)), int(np.max(labels))
     if low < 0 or high >= classes:
         raise ValueError(f"batch.labels must lie in [0, {classes - 1}], got [{low}, {high}].")
-    if not bool(jnp.isfinite(inputs).all()):
+    if not np.isfinite(np.asarray(inputs)).all():
         raise ValueError("batch.inputs must be finite, got NaN or infinity.")
 
 
@@ -213,7 +213,8 @@ def check_observation(model: Model, observation: Observation) -> None:
         return
     check_params(model, observation.params, facts.input_shape)
     for path, leaf in jax.tree.leaves_with_path(observation.gradient):
-        if not bool(jnp.isfinite(leaf).all()):
+        # NumPy, because under an enclosing trace JAX would trace even this.
+        if not np.isfinite(np.asarray(leaf)).all():
             where = jax.tree_util.keystr(path)
             raise ValueError(f"observation.gradient{where} must be finite, got NaN or infinity.")
 

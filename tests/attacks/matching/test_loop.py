@@ -88,6 +88,20 @@ def test_one_compilation_serves_all_victims(small, digits):
         traced(jax.random.key(seed), observation)
 
 
+def test_an_observation_may_be_closed_over(small):
+    model, _, _, observation = small
+    attack = attacks.inverting_gradients(model, num_steps=2)
+
+    @jax.jit
+    def weighted(key, weight):
+        return attacks.inverting_gradients(model, num_steps=2, total_variation=weight)(
+            key, observation
+        ).inputs
+
+    key = jax.random.key(3)
+    np.testing.assert_allclose(weighted(key, 0.01), attack(key, observation).inputs, atol=1e-5)
+
+
 def test_restarts_are_the_single_runs(small):
     model, _, _, observation = small
     attack = attacks.inverting_gradients(model, num_steps=5, restarts=3)

@@ -87,7 +87,8 @@ def case(name: str, batch_size: int, restarts: int, steps: int, rounds: int, pla
     )
     value = torch_peer.objective(layers, weights, target, labels, TV)
     theirs = [float(value(torch_peer.from_images(start)).detach()) for start in starts]
-    np.testing.assert_allclose(state.value, theirs, rtol=1e-4)
+    # One minus a cosine near one: its rounding is of the cosine's size, not of the difference's.
+    np.testing.assert_allclose(state.value, theirs, rtol=1e-4, atol=1e-5)
 
     advance = jax.jit(lambda o, s: jax.lax.fori_loop(0, steps, lambda _, s: attack.step(o, s), s))
     systems = {

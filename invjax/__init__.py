@@ -20,6 +20,8 @@ from invjax.base import Model as Model
 from invjax.base import Observation as Observation
 from invjax.base import Reconstruction as Reconstruction
 from invjax.defenses.base import chain as chain
+from invjax.evaluation.grid import Sweep as Sweep
+from invjax.evaluation.sweep import sweep as sweep
 from invjax.observe import observe as observe
 
 __version__ = "0.1.0"
@@ -33,6 +35,7 @@ __all__ = [
     "Model",
     "Observation",
     "Reconstruction",
+    "Sweep",
     "attacks",
     "chain",
     "datasets",
@@ -43,4 +46,5 @@ __all__ = [
     "models",
     "observe",
     "priors",
+    "sweep",
 ]

@@ -2,8 +2,12 @@
 
 import ast
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+Call = tuple[str, tuple, dict[str, Any]]
+"""Name, positional arguments, keyword arguments."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -45,7 +49,7 @@ def resolve(name: str, known: Mapping[str, Callable], what: str) -> Callable:
     )
 
 
-def parse(text: str, what: str) -> list[tuple[str, tuple, dict[str, Any]]]:
+def parse(text: str, what: str) -> list[Call]:
     """Split a comma-separated list of calls with literal arguments.
 
     Args:
@@ -70,7 +74,7 @@ def parse(text: str, what: str) -> list[tuple[str, tuple, dict[str, Any]]]:
         raise ValueError(message) from error
 
 
-def _call(node: ast.expr) -> tuple[str, tuple, dict[str, Any]]:
+def _call(node: ast.expr) -> Call:
     if isinstance(node, ast.Name):
         return node.id, (), {}
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
@@ -83,11 +87,55 @@ def _call(node: ast.expr) -> tuple[str, tuple, dict[str, Any]]:
     return node.func.id, tuple(ast.literal_eval(value) for value in node.args), keywords
 
 
-def build(text: str, known: Mapping[str, Callable], what: str, **defaults: Any) -> list[Any]:
+def numbers(calls: Sequence[Call]) -> list[float]:
+    """The strengths in a list of calls: what may vary without another compilation.
+
+    Args:
+      calls: from `parse`.
+
+    Returns:
+      Every finite float but zero (which turns things off), in order.
+    """
+    return [
+        value
+        for _, args, settings in calls
+        for value in (*args, *settings.values())
+        if _is_strength(value)
+    ]
+
+
+def with_numbers(calls: Sequence[Call], values: Iterable[Any]) -> list[Call]:
+    """The same calls with other strengths.
+
+    Args:
+      calls: from `parse`.
+      values: as many as `numbers(calls)` has; traced ones may be among them.
+
+    Returns:
+      The calls.
+    """
+    left: Iterator[Any] = iter(values)
+
+    def fill(value):
+        return next(left) if _is_strength(value) else value
+
+    return [
+        (name, tuple(map(fill, args)), {key: fill(value) for key, value in settings.items()})
+        for name, args, settings in calls
+    ]
+
+
+def _is_strength(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value) and value != 0
+
+
+def build(
+    text: str | Sequence[Call], known: Mapping[str, Callable], what: str, **defaults: Any
+) -> list[Any]:
     """Call the functions that a text names.
 
     Args:
-      text: a comma-separated list of calls.
+      text: a comma-separated list of calls, or what `parse` made of it.
       known: functions by name.
       what: what they make, for messages.
       **defaults: keywords for every call; those in the text win.
@@ -99,7 +147,7 @@ def build(text: str, known: Mapping[str, Callable], what: str, **defaults: Any) 
       ValueError: unknown names, arguments that a function does not take, or its own complaint.
     """
     results = []
-    for name, args, kwargs in parse(text, what):
+    for name, args, kwargs in parse(text, what) if isinstance(text, str) else text:
         function = resolve(name, known, what)
         try:
             results.append(function(*args, **{**defaults, **kwargs}))

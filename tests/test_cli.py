@@ -171,7 +171,7 @@ def test_help(capsys):
 
 def test_interruption_writes_what_was_finished(tmp_path):
     out = tmp_path / "out"
-    command = [*QUICK[:-1], "300000", "--attack", "inverting_gradients", "--out", str(out)]
+    command = [*QUICK[:-1], "3000000", "--attack", "inverting_gradients", "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", "from invjax import cli; cli.entry()", *command],
         stdout=subprocess.PIPE,

@@ -1,7 +1,7 @@
 """Attacks by name, as the command line takes them."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from invjax import calls
@@ -21,11 +21,14 @@ _KNOWN: dict[str, Callable[..., Attack]] = {
 }
 
 
-def by_name(text: str, model: Model, defense: Defense, **settings: Any) -> Attack:
+def by_name(
+    text: str | Sequence[calls.Call], model: Model, defense: Defense, **settings: Any
+) -> Attack:
     """An attack from text.
 
     Args:
-      text: a name, perhaps with settings: `dlg`, `inverting_gradients(total_variation=0.1)`.
+      text: a name, perhaps with settings: `dlg`, `inverting_gradients(total_variation=0.1)`; or what
+        `calls.parse` made of it.
       model: the model under attack.
       defense: the client's defence, for attacks that know it.
       **settings: for the attack; those in the text win.

@@ -1,5 +1,7 @@
 """Defences by name, as the command line takes them."""
 
+from collections.abc import Sequence
+
 from invjax import calls
 from invjax.base import Defense
 from invjax.defenses import clipping, compression, dp, masking, noise, pruning
@@ -22,12 +24,13 @@ _KNOWN = {
 }
 
 
-def parse(text: str) -> Defense:
+def parse(text: str | Sequence[calls.Call]) -> Defense:
     """A defence from text.
 
     Args:
       text: a comma-separated list of constructors with literal arguments, in the order in which
         they act; the beginning of a name will do: `clip(1.0),gaussian(0.01)`. `none` is no defence.
+        Calls that `calls.parse` has read will do too.
 
     Returns:
       The defence, composed by `chain`.
@@ -35,6 +38,7 @@ def parse(text: str) -> Defense:
     Raises:
       ValueError: an unknown name (the message lists the known ones), or arguments out of range.
     """
-    if text.strip() == "none":
+    parsed = calls.parse(text, "defense") if isinstance(text, str) else text
+    if parsed == [("none", (), {})]:
         return chain()
-    return chain(*calls.build(text, _KNOWN, "defense"))
+    return chain(*calls.build(parsed, _KNOWN, "defense"))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from invjax import datasets, driver, metrics
-from invjax.base import Array, Attack, Batch, Defense, Model, Params
+from invjax.base import Array, Attack, Batch, Defense, Model, Params, Reconstruction
 from invjax.observe import observe
 
 
@@ -123,21 +123,7 @@ def attack_victims(
     reconstruction = driver.run(
         experiment.attack, attack_keys, observations, batched=True, on_chunk=on_chunk
     )
-    order = _match(reconstruction.inputs, victims.inputs)
-    inputs, labels, found = (
-        np.asarray(jax.vmap(lambda leaf, index: leaf[index])(leaf, order))
-        for leaf in (reconstruction.inputs, reconstruction.labels, reconstruction.found)
-    )
-    inputs = np.asarray(datasets.denormalize(experiment.dataset, inputs))
-    rows = measure(experiment.dataset, truth, inputs)
-    for index, row in enumerate(rows):
-        victim, sample = divmod(index, experiment.batch_size)
-        row["victim"], row["sample"] = victim, sample
-        row["label"] = int(victims.labels[victim, sample])
-        row["recovered_label"] = int(labels[victim, sample])
-        row["label_right"] = row["label"] == row["recovered_label"]
-        row["found"] = bool(found[victim, sample])
-        row["objective"] = float(reconstruction.objective[victim])
+    inputs, labels, rows = score(experiment.dataset, victims, reconstruction)
     trace = reconstruction.diagnostics.get("trace")
     return Outcome(
         truth=truth,
@@ -152,6 +138,38 @@ def attack_victims(
 
 
 _match = jax.jit(jax.vmap(metrics.match))
+
+
+def score(
+    dataset: datasets.Dataset, victims: Batch, reconstruction: Reconstruction
+) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
+    """Match what came back to the truth, and measure it.
+
+    Args:
+      dataset: where the victims come from.
+      victims: `[N, B, ...]`.
+      reconstruction: stacked `[N, ...]`.
+
+    Returns:
+      Inputs `[N, B, ...]` in raw units and labels `[N, B]`, both matched, and a dict a sample.
+    """
+    order = _match(reconstruction.inputs, victims.inputs)
+    inputs, labels, found = (
+        np.asarray(jax.vmap(lambda leaf, index: leaf[index])(jnp.asarray(leaf), order))
+        for leaf in (reconstruction.inputs, reconstruction.labels, reconstruction.found)
+    )
+    truth = np.asarray(datasets.denormalize(dataset, victims.inputs))
+    inputs = np.asarray(datasets.denormalize(dataset, inputs))
+    rows = measure(dataset, truth, inputs)
+    for index, row in enumerate(rows):
+        victim, sample = divmod(index, truth.shape[1])
+        row["victim"], row["sample"] = victim, sample
+        row["label"] = int(victims.labels[victim, sample])
+        row["recovered_label"] = int(labels[victim, sample])
+        row["label_right"] = row["label"] == row["recovered_label"]
+        row["found"] = bool(found[victim, sample])
+        row["objective"] = float(reconstruction.objective[victim])
+    return inputs, labels, rows
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""The command line: `invjax attack`."""
+"""`invjax attack`: one attack on a few victims, and a report."""
 
 import dataclasses
 import os
@@ -23,16 +23,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from invjax import attacks, calls, datasets, defenses, driver, models, report
+from invjax import attacks, datasets, defenses, driver, models, report
 from invjax.evaluation import run, store
-
-OVERVIEW = """usage: invjax COMMAND [options]
-
-commands:
-  attack    reconstruct private samples from their gradients, and report on it
-
-`invjax attack` alone reconstructs handwritten digits. `invjax COMMAND --help` explains the options.
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,45 +68,22 @@ class AttackConfig:
     """Replace the results of an earlier run in that folder."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
+def attack(argv: Sequence[str]) -> int:
+    """Run `invjax attack`.
 
     Args:
-      argv: the arguments; those of the process where `None`.
+      argv: its arguments.
 
     Returns:
       The exit code: 0, 1 if writing failed, 2 for bad input, 130 if interrupted.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(OVERVIEW, end="")
-        return 0
-    if argv[0] != "attack":
-        hint = calls.nearest(argv[0], ["attack"])
-        print(f"invjax: unknown command {argv[0]!r}: known are attack.{hint}", file=sys.stderr)
-        return 2
-    config = tyro.cli(AttackConfig, args=argv[1:], prog="invjax attack")
-    console = Console()
+    config = tyro.cli(AttackConfig, args=argv, prog="invjax attack")
     try:
         experiment, out = prepare(config)
     except (ValueError, TypeError) as error:
         print(f"invjax attack: {error}", file=sys.stderr)
         return 2
-    use_compilation_cache()
-    return execute(config, experiment, out, console)
-
-
-def entry() -> None:
-    """The console script."""
-    sys.exit(main())
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs between runs, unless the environment says where already."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(base / "invjax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return execute(config, experiment, out, Console())
 
 
 def prepare(config: AttackConfig) -> tuple[run.Experiment, pathlib.Path]:
@@ -160,7 +129,7 @@ def prepare(config: AttackConfig) -> tuple[run.Experiment, pathlib.Path]:
     settings = {name: value for name, value in settings.items() if value is not None}
     if config.attack == "dlg" and config.restarts is None:
         settings["restarts"] = 4
-    attack = attacks.by_name(config.attack, model, defense, **settings)
+    made = attacks.by_name(config.attack, model, defense, **settings)
     granted = config.labels == "known" or (
         config.labels is None and attacks.needs_labels(config.attack)
     )
@@ -169,7 +138,7 @@ def prepare(config: AttackConfig) -> tuple[run.Experiment, pathlib.Path]:
         model,
         params,
         defense,
-        attack,
+        made,
         config.batch_size,
         config.num_victims,
         granted,

@@ -1,0 +1,344 @@
+"""Run a sweep: blocks of jobs over devices and processes, recorded one by one, resumed exactly."""
+
+import functools
+import itertools
+import json
+import pathlib
+import subprocess
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jax.experimental import multihost_utils
+
+from invjax import datasets, driver
+from invjax.base import Observation, Params
+from invjax.evaluation import checkpoint, files, grid, jobs, journal, parallel, run, store
+
+JOBS_ON_CPU = 64
+JOBS_ON_ACCELERATOR = 1024
+
+
+class Event(NamedTuple):
+    """What a caller is told while a sweep runs.
+
+    Attributes:
+      jobs_done: jobs on record, of earlier runs and other processes too as far as this one knows.
+      jobs_total: jobs of the whole sweep.
+      jobs_failed: of those on record.
+      block: the block that is being run; `None` after the last.
+      progress: of its attack; `None` before its first step.
+      message: something that a log should keep; empty otherwise.
+    """
+
+    jobs_done: int
+    jobs_total: int
+    jobs_failed: int
+    block: grid.Block | None
+    progress: driver.Progress | None = None
+    message: str = ""
+
+
+Listener = Callable[[Event], None]
+
+
+class Prepared(NamedTuple):
+    """A block and what its jobs need."""
+
+    block: grid.Block
+    setting: jobs.Setting
+    client: Callable[..., Observation]
+    program: parallel.Program
+    params: Params
+
+
+def sweep(
+    settings: grid.Sweep | Mapping[str, Any] | pathlib.Path | str,
+    out: pathlib.Path | str | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    block_size: int | None = None,
+    checkpoint_seconds: float = 60.0,
+    on_event: Listener | None = None,
+) -> pa.Table:
+    """Attack every combination that the settings span, and return the table of reconstructions.
+
+    Every block of jobs is on record in the folder before the next begins, and long attacks leave
+    checkpoints, so a killed sweep loses little and resumes to the same table. A block that raises is
+    recorded as failed with its reason, and the rest goes on.
+
+    Args:
+      settings: a `Sweep`, a mapping with its names, or a TOML file.
+      out: folder of the record; a temporary one where `None`.
+      resume: go on with the sweep in that folder, whose settings must be the same.
+      overwrite: replace an earlier sweep there.
+      block_size: jobs that are run and recorded together; chosen from the devices' memory where `None`.
+      checkpoint_seconds: time between checkpoints of a running block.
+      on_event: called as the sweep goes; a `KeyboardInterrupt` that it raises ends the sweep after a
+        checkpoint.
+
+    Returns:
+      One row a reconstructed sample: settings, metrics, baselines, status, time, versions.
+
+    Raises:
+      ValueError: settings that cannot be read, or a folder that does not suit; nothing has run then.
+    """
+    if not isinstance(settings, grid.Sweep):
+        is_path = isinstance(settings, str | pathlib.Path)
+        settings = grid.from_toml(settings) if is_path else grid.from_mapping(settings)
+    check(settings)
+    if out is None:
+        with tempfile.TemporaryDirectory() as folder:
+            options = (False, False, block_size, checkpoint_seconds, on_event)
+            return _sweep(settings, pathlib.Path(folder) / "sweep", *options)
+    options = (resume, overwrite, block_size, checkpoint_seconds, on_event)
+    return _sweep(settings, pathlib.Path(out), *options)
+
+
+def check(settings: grid.Sweep) -> list[jobs.Setting]:
+    """Read every cell before anything runs.
+
+    Args:
+      settings: of the sweep.
+
+    Returns:
+      A setting a cell.
+
+    Raises:
+      ValueError: whatever is wrong in any of them, with the cell.
+    """
+    found = []
+    for cell in grid.cells(settings):
+        try:
+            found.append(jobs.setting(settings, cell))
+            needed = settings.num_victims * cell.batch_size
+            if needed > len(found[-1].dataset):
+                raise ValueError(
+                    f"num_victims {settings.num_victims} of batch_size {cell.batch_size} need "
+                    f"{needed} samples, {cell.dataset} has {len(found[-1].dataset)}."
+                )
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{', '.join(f'{k}={v}' for k, v in cell._asdict().items())}: {error}"
+            ) from error
+    return found
+
+
+def _sweep(settings, folder, resume, overwrite, block_size, seconds, on_event) -> pa.Table:
+    process, processes = jax.process_index(), jax.process_count()
+    tell = on_event or (lambda event: None)
+    if process == 0:
+        _open(settings, folder, resume, overwrite, block_size)
+        files.clean(folder)
+    if processes > 1:
+        multihost_utils.sync_global_devices("invjax: the folder is there")
+    record = _open(settings, folder, True, False, block_size)
+    blocks = grid.blocks(settings, record["plan"]["block_size"])
+    found = journal.read(folder)
+    for problem in found.damaged:
+        tell(Event(0, _count(blocks), 0, None, message=f"passed over: {problem}"))
+    done = {
+        block.name: found.blocks[block.name]["status"]
+        for block in blocks
+        if block.name in found.blocks
+    }
+    mine = [block for block in blocks[process::processes] if done.get(block.name) != "done"]
+    for prepared in prepare(settings, mine):
+        block = prepared.block
+        on_record = [other for other in blocks if other.name in done]
+        failed = _count(other for other in on_record if done[other.name] == "failed")
+        event = Event(_count(on_record), _count(blocks), failed, block)
+        tell(event)
+        checkpoints = _checkpoints(folder, prepared, seconds, event, tell)
+        try:
+            size = record["plan"]["block_size"]
+            rows, arrays = _attack(settings, prepared, size, checkpoints, event, tell)
+            status, reason = "done", ""
+        except (KeyboardInterrupt, MemoryError, OSError):
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+            tell(event._replace(message=f"{block.name} failed: {traceback.format_exc()}"))
+            status, arrays = "failed", None
+            rows = [
+                {
+                    **_facts(block),
+                    "victim": victim,
+                    "sample": sample,
+                    "status": "failed",
+                    "reason": reason,
+                }
+                for victim in range(block.first, block.first + block.count)
+                for sample in range(block.cell.batch_size)
+            ]
+        journal.record_block(folder, process, block.name, rows, arrays, status, reason)
+        done[block.name] = status
+    if processes > 1:
+        multihost_utils.sync_global_devices("invjax: every process is done")
+    if process == 0:
+        _finish(folder, blocks)
+    if processes > 1:
+        multihost_utils.sync_global_devices("invjax: the table is there")
+    failed = _count(block for block in blocks if done.get(block.name) == "failed")
+    tell(Event(_count(blocks), _count(blocks), failed, None))
+    return pq.read_table(folder / "results.parquet")
+
+
+def _open(settings, folder, resume, overwrite, block_size) -> dict[str, Any]:
+    wanted: dict[str, Any] = {"sweep": grid.as_mapping(settings)}
+    if not resume:
+        wanted["plan"] = {"block_size": block_size or choose_block_size(settings)}
+        wanted["versions"] = {**store.versions(), **commit()}
+    return journal.open_sweep(folder, wanted, resume, overwrite)
+
+
+def choose_block_size(settings: grid.Sweep) -> int:
+    """Jobs of a block: as many as the devices of all processes' kind hold at once.
+
+    On CPU a fixed number: memory does not bound it there, and what is recorded often is lost seldom.
+
+    Args:
+      settings: of the sweep; its first cell is measured.
+
+    Returns:
+      At least 1.
+    """
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        return min(settings.num_victims, JOBS_ON_CPU)
+    block = grid.blocks(settings, 1)[0]
+    _, setting, client, program, params = next(prepare(settings, [block]))
+    batch = jobs.victims(settings, block, setting.dataset)
+    watch_keys, attack_keys = jobs.keys(block)
+    observation = client(setting.numbers, params, watch_keys, batch)
+    one = jax.tree.map(lambda leaf: leaf[0], observation)
+    most = min(-(-settings.num_victims // len(devices)), JOBS_ON_ACCELERATOR)
+    fitting = parallel.jobs_per_device(program, setting.numbers, params, one, attack_keys[0], most)
+    return min(settings.num_victims, fitting * len(devices))
+
+
+def prepare(settings: grid.Sweep, blocks: Sequence[grid.Block]) -> Iterator[Prepared]:
+    """Blocks with what they need, those of one compilation together; one of each is kept at a time."""
+    read = {cell: jobs.setting(settings, cell) for cell in dict.fromkeys(b.cell for b in blocks)}
+    order = {key: index for index, key in enumerate(dict.fromkeys(s.key for s in read.values()))}
+    ordered = sorted(blocks, key=lambda block: order[read[block.cell].key])
+    weights: tuple[Any, Any] = (None, None)
+    for _, group in itertools.groupby(ordered, key=lambda block: read[block.cell].key):
+        client: Any = None
+        program: Any = None
+        for block in group:
+            setting = read[block.cell]
+            if program is None:
+                client = jobs.client(setting)
+                program = parallel.program(setting.attack, setting.numbers)
+            wanted = (block.cell.dataset, block.cell.model, block.cell.train_steps, block.seed)
+            if weights[0] != wanted:
+                steps = block.cell.train_steps
+                weights = (wanted, jobs.trained(setting.model, setting.dataset, steps, block.seed))
+            yield Prepared(block, setting, client, program, weights[1])
+
+
+def _checkpoints(folder, prepared, seconds, event, tell) -> parallel.Checkpoints:
+    block, setting = prepared.block, prepared.setting
+    # The key holds everything but the numbers; the block's name stands for seed and victims.
+    fingerprint = json.dumps([block.name, setting.key, setting.numbers.tolist()])
+
+    def load(like):
+        found = checkpoint.load(folder, block.name, like, fingerprint)
+        if found.problem not in ("", "none"):
+            tell(event._replace(message=f"checkpoint of {block.name} not used: {found.problem}"))
+        return None if found.problem else (found.step, found.state)
+
+    def save(step, state):
+        checkpoint.save(folder, block.name, step, state, fingerprint)
+
+    return parallel.Checkpoints(load, save, seconds)
+
+
+def _attack(settings, prepared, size, checkpoints, event, tell):
+    """Rows and arrays of a block, padded to `size` jobs, so that all blocks share a compilation."""
+    started = time.perf_counter()
+    block, setting, client, program, params = prepared
+    picks = np.resize(np.arange(block.count), size)
+    batch, (watch_keys, attack_keys) = jax.tree.map(
+        lambda leaf: leaf[picks], (jobs.victims(settings, block, setting.dataset), jobs.keys(block))
+    )
+    observation = client(setting.numbers, params, watch_keys, batch)
+    prototype = setting.attack(setting.numbers)
+    if prototype.check is not None:
+        one = jax.tree.map(lambda leaf: leaf[0], observation)
+        # Traced: one job's values speak for no other's, its shapes do.
+        jax.eval_shape(
+            lambda hidden, params: prototype.check(hidden._replace(params=params)), one, params
+        )
+    result = parallel.run(
+        program,
+        setting.numbers,
+        params,
+        observation,
+        attack_keys,
+        checkpoints=checkpoints,
+        on_chunk=lambda progress: tell(event._replace(progress=progress)),
+    )
+    inputs, labels, rows = run.score(setting.dataset, batch, result.reconstruction)
+    rows = rows[: block.count * block.cell.batch_size]
+    silent = jobs.zero_gradients(observation)
+    facts, elapsed = _facts(block), time.perf_counter() - started
+    for row in rows:
+        victim = row["victim"]
+        row["victim"] += block.first
+        row["initial_objective"] = float(result.initial_objective[victim])
+        row["steps"] = result.steps
+        row["seconds"] = elapsed / len(rows)
+        row["status"], row["reason"] = "ok", ""
+        if silent[victim]:
+            # No failure: the defence won, and what came back is a guess.
+            row["reason"] = "the defence left a gradient of zeros"
+        if not (row["found"] and np.isfinite(row["mse"])):
+            row["status"], row["reason"] = "not finite", "the attack did not stay finite"
+        row.update(facts)
+    arrays = {
+        "truth": np.asarray(datasets.denormalize(setting.dataset, batch.inputs)),
+        "labels": np.asarray(batch.labels),
+        "reconstruction": inputs,
+        "recovered_labels": labels,
+    }
+    return rows, {name: array[: block.count] for name, array in arrays.items()}
+
+
+def _facts(block: grid.Block) -> dict[str, Any]:
+    return {
+        **block.cell._asdict(),
+        "cell": block.cell.name,
+        "seed": block.seed,
+        "block": block.name,
+    } | {name: str(value) for name, value in {**store.versions(), **commit()}.items()}
+
+
+@functools.cache
+def commit() -> dict[str, str]:
+    """The git commit of the working folder, where it is one."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": ""}
+    return {"commit": found.stdout.strip()}
+
+
+def _finish(folder: pathlib.Path, blocks: Sequence[grid.Block]) -> None:
+    recorded = journal.read(folder).blocks
+    order = [block.name for block in blocks if block.name in recorded]
+    journal.compact(folder, {block.name: block.cell.name for block in blocks}, order)
+
+
+def _count(blocks) -> int:
+    return sum(block.count for block in blocks)

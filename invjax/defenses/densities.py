@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy import special
 
+from invjax import gradients
 from invjax.base import Array
 
 # Where the Gaussian is this many times wider, the sum of the two noises is Gaussian to 10^-6.
@@ -88,7 +89,7 @@ def log_density(noise: Noise, x: Array) -> Array:
     if noise.laplace is None:
         return _log_normal(x, noise.gaussian)
     if noise.gaussian is None:
-        return -jnp.abs(x) / noise.laplace - jnp.log(2 * jnp.asarray(noise.laplace))
+        return -gradients.absolute(x) / noise.laplace - jnp.log(2 * jnp.asarray(noise.laplace))
     scale, laplace, wide = _split(noise)
     left, right = _exponential_parts(x, scale, laplace)
     value = jnp.logaddexp(left, right) - jnp.log(2 * laplace)

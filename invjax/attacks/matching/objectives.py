@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from invjax import gradients
 from invjax.base import Array, Defense, Observation, PyTree, Stage
 
 
@@ -66,7 +67,9 @@ def l1(weights: PyTree | None = None) -> Objective:
     def value(candidate, observation):
         return _weighted(
             weights,
-            jax.tree.map(lambda a, b: jnp.sum(jnp.abs(a - b)), candidate, observation.gradient),
+            jax.tree.map(
+                lambda a, b: jnp.sum(gradients.absolute(a - b)), candidate, observation.gradient
+            ),
         )
 
     return Objective(value, name="l1")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from invjax.base import Array, Model, Observation
+from invjax.gradients import absolute
 
 
 class Context(NamedTuple):
@@ -92,7 +93,7 @@ def total_variation(
             )
         down, right = differences(inputs)
         if kind == "anisotropic":
-            return weight * (jnp.abs(down).mean() + jnp.abs(right).mean())
+            return weight * (absolute(down).mean() + absolute(right).mean())
         if kind == "squared":
             total = jnp.square(down).sum() + jnp.square(right).sum()
             return weight * total / inputs.shape[0]

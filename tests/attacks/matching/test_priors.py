@@ -205,6 +205,18 @@ def test_patch_border_sees_borders_only():
     assert priors.patch_border(1.0, 3)(smooth, CONTEXT) > 0.1
 
 
+@pytest.mark.parametrize("periodic", [False, True])
+def test_total_variation_does_not_pull_where_neighbours_are_equal(periodic):
+    # A step in the middle: only its two sides are pulled, and by as much.
+    inputs = jnp.zeros((1, 6, 6, 1)).at[:, :, 3:].set(1.0)
+    prior = priors.total_variation(1.0, periodic=periodic)
+    slope = np.asarray(jax.grad(prior)(inputs, CONTEXT))[0, :, :, 0]
+    pulled = {2: -1.0, 3: 1.0, **({5: 1.0, 0: -1.0} if periodic else {})}
+    expected = np.array([pulled.get(column, 0.0) for column in range(6)])
+    np.testing.assert_allclose(slope, np.tile(expected * abs(slope).max(), (6, 1)), atol=1e-7)
+    np.testing.assert_array_equal(jax.grad(prior)(0 * inputs + 0.5, CONTEXT), 0 * inputs)
+
+
 @pytest.mark.parametrize("size", [5, 6, 7])
 def test_patch_border_of_patches_that_do_not_fill_the_image(size):
     steps = np.arange(size) // 3

@@ -1,5 +1,6 @@
 """Many jobs of one attack at once: `pmap` over devices, `vmap` over the jobs of a device."""
 
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ class Program(NamedTuple):
     observations go without.
 
     Attributes:
+      copy: `copy(params) -> params`, one copy a device.
       start: `start(numbers, params, observation, keys) -> state`.
       advance: `advance(numbers, params, observation, state, count) -> state`; it takes the state over.
       finish: `finish(numbers, params, observation, state) -> Reconstruction`.
@@ -33,6 +35,7 @@ class Program(NamedTuple):
       devices: those that it runs on.
     """
 
+    copy: Callable[[Params], Params]
     start: Callable[..., PyTree]
     advance: Any
     finish: Callable[..., Reconstruction]
@@ -122,7 +125,14 @@ def program(
     def spread(function, in_axes, **options):
         return jax.pmap(function, in_axes=in_axes, devices=devices, **options)
 
+    identity = spread(lambda tree: tree, 0)
+
+    def copy(params):
+        lead = (len(devices),)
+        return identity(jax.tree.map(lambda x: jnp.broadcast_to(x, lead + jnp.shape(x)), params))
+
     return Program(
+        copy=copy,
         start=spread(start, (None, 0, 0, 0)),
         advance=spread(advance, (None, 0, 0, 0, None), donate_argnums=3),
         finish=spread(finish, (None, 0, 0, 0)),
@@ -205,8 +215,7 @@ def _run(program, numbers, params, observation, keys, checkpoints, on_chunk) -> 
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:number], tree)
 
     # Sent to the devices once, not with every chunk.
-    copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (devices, *leaf.shape)), params)
-    copies = jax.pmap(lambda tree: tree, devices=program.devices)(copies)
+    copies = program.copy(params)
     observation = stack(observation)
     state = program.start(numbers, copies, observation, stack(keys))
     initial = np.asarray(unstack(program.summary(state)[0]))
@@ -219,7 +228,9 @@ def _run(program, numbers, params, observation, keys, checkpoints, on_chunk) -> 
                 lambda leaf, like: jax.device_put(leaf, like.sharding), stack(saved), state
             )
     count, saved_at = 1, time.perf_counter()
-    stepwise = program.num_steps and _keeps_lax_conv(program, numbers, copies, observation, state)
+    leaves, treedef = jax.tree.flatten(_shapes((numbers, copies, observation, state)))
+    on_cpu = program.devices[0].platform == "cpu"
+    stepwise = on_cpu and _keeps_lax_conv(program.advance, tuple(leaves), treedef)
     while steps < program.num_steps:
         began = time.perf_counter()
         count = min(count, program.num_steps - steps)
@@ -249,11 +260,14 @@ def _run(program, numbers, params, observation, keys, checkpoints, on_chunk) -> 
     )
 
 
-def _keeps_lax_conv(program, numbers, params, observation, state) -> bool:
+def _shapes(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), tree)
+
+
+@functools.lru_cache(maxsize=16)
+def _keeps_lax_conv(advance, leaves, treedef) -> bool:
     """Whether the loop would fall to the slow convolutions of a compiled loop on CPU."""
-    if program.devices[0].platform != "cpu":
-        return False
-    return conv.keeps_lax_conv(program.advance, numbers, params, observation, state, 1)
+    return conv.keeps_lax_conv(advance, *jax.tree.unflatten(treedef, leaves), 1)
 
 
 def jobs_per_device(

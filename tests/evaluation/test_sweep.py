@@ -227,7 +227,8 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_sweep_resumes_to_the_same_table(whole, tmp_path):
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_sweep_resumes_to_the_same_table(whole, tmp_path, kills):
     """SIGKILL at random moments, again and again, until it is done."""
     script = tmp_path / "run.py"
     script.write_text(KILLED)
@@ -241,7 +242,7 @@ def test_a_killed_sweep_resumes_to_the_same_table(whole, tmp_path):
         "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(".cache/jax").absolute()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    for _ in range(4):
+    for _ in range(kills):
         how = "resume" if (folder / "sweep.json").exists() else "begin"
         process = subprocess.Popen([sys.executable, str(script), str(folder), how], env=environment)
         deadline = time.monotonic() + 120

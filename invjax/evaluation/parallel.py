@@ -264,7 +264,8 @@ def _shapes(tree):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), tree)
 
 
-@functools.lru_cache(maxsize=16)
+# One, because a key holds a program and all that was compiled for it.
+@functools.lru_cache(maxsize=1)
 def _keeps_lax_conv(advance, leaves, treedef) -> bool:
     """Whether the loop would fall to the slow convolutions of a compiled loop on CPU."""
     return conv.keeps_lax_conv(advance, *jax.tree.unflatten(treedef, leaves), 1)

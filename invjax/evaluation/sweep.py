@@ -230,14 +230,17 @@ def prepare(settings: grid.Sweep, blocks: Sequence[grid.Block]) -> Iterator[Prep
     order = {key: index for index, key in enumerate(dict.fromkeys(s.key for s in read.values()))}
     ordered = sorted(blocks, key=lambda block: order[read[block.cell].key])
     weights: tuple[Any, Any] = (None, None)
-    for _, group in itertools.groupby(ordered, key=lambda block: read[block.cell].key):
-        client: Any = None
-        program: Any = None
+    for number, (_, members) in enumerate(
+        itertools.groupby(ordered, key=lambda block: read[block.cell].key)
+    ):
+        if number:
+            # JAX keeps all that it ever compiled, about 60 MB a program.
+            jax.clear_caches()
+        group = list(members)
+        client = jobs.client(read[group[0].cell])
+        program = parallel.program(read[group[0].cell].attack, read[group[0].cell].numbers)
         for block in group:
             setting = read[block.cell]
-            if program is None:
-                client = jobs.client(setting)
-                program = parallel.program(setting.attack, setting.numbers)
             wanted = (block.cell.dataset, block.cell.model, block.cell.train_steps, block.seed)
             if weights[0] != wanted:
                 steps = block.cell.train_steps

@@ -259,3 +259,23 @@ def test_a_killed_sweep_resumes_to_the_same_table(whole, tmp_path, kills):
     assert table(resumed) == table(whole[1])
     assert not [path for path in folder.rglob("*") if "partial" in path.name]
     assert jax.process_count() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="reads Linux's accounts")
+def test_memory_does_not_grow_with_the_cells(tmp_path):
+    cells = grid.Sweep(
+        models=tuple(f"mlp(({width},))" for width in range(8, 18)),
+        attacks=("bayes(num_steps=5)",),
+        num_victims=2,
+    )
+    megabytes = []
+
+    def measure(event):
+        if event.progress is None:
+            pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+            megabytes.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
+
+    sweep.sweep(cells, tmp_path / "s", on_event=measure)
+    # A program is about 60 MB, and seven more of them are not kept.
+    assert megabytes[-1] - megabytes[3] < 120

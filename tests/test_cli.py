@@ -17,6 +17,12 @@ import invjax
 from invjax import cli
 from invjax.evaluation import store
 
+# A shell's background jobs ignore SIGINT, and hand that down.
+HEARING = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from invjax import cli; cli.entry()"
+)
+
 QUICK = ["attack", "--model", "mlp(8)", "--num-victims", "2", "--restarts", "1", "--steps", "5"]
 
 
@@ -173,7 +179,7 @@ def test_interruption_writes_what_was_finished(tmp_path):
     out = tmp_path / "out"
     command = [*QUICK[:-1], "3000000", "--attack", "inverting_gradients", "--out", str(out)]
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", "from invjax import cli; cli.entry()", *command],
+        [sys.executable, "-u", "-c", HEARING, *command],
         stdout=subprocess.PIPE,
         env={**os.environ, "XLA_FLAGS": ""},
         text=True,

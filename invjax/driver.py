@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from invjax import conv
-from invjax.base import Array, Attack, Observation, Reconstruction
+from invjax.base import Array, Attack, Observation, PyTree, Reconstruction
 
 
 class Progress(NamedTuple):
@@ -48,6 +48,52 @@ def chunk_size(attack: Attack, observation: Observation, state, backend: str | N
     backend = jax.default_backend() if backend is None else backend
     slow = backend == "cpu" and conv.keeps_lax_conv(attack.step, observation, state)
     return 1 if slow else 256
+
+
+def advance_in_chunks(
+    advance: Callable[[PyTree, int], PyTree],
+    summary: Callable[[PyTree], tuple[Array | None, Array]],
+    state: PyTree,
+    steps: int,
+    num_steps: int,
+    after: Callable[[int, PyTree, np.ndarray | None], None],
+    *,
+    chunk: int | None = None,
+    stepwise: bool = False,
+) -> tuple[PyTree, int, KeyboardInterrupt | None]:
+    """Advance a state to its last step, or until all in it is done, or until an interruption.
+
+    Args:
+      advance: `advance(state, count) -> state`, compiled; it may take the state over.
+      summary: `summary(state) -> (objective, done)`, compiled.
+      state: where to begin.
+      steps: steps that it has behind it.
+      num_steps: steps at most.
+      after: `after(steps, state, objective)`, called on the host after every chunk.
+      chunk: steps of a chunk; where `None` chunks grow while they are quick, so that the host neither
+        idles nor waits.
+      stepwise: call `advance` for one step at a time.
+
+    Returns:
+      The state, its steps, and the `KeyboardInterrupt` that ended it, if one did.
+    """
+    count = chunk or 1
+    try:
+        while steps < num_steps:
+            started = time.perf_counter()
+            count = min(count, num_steps - steps)
+            for part in [1] * count if stepwise else [count]:
+                state = advance(state, part)
+            steps += count
+            objective, done = jax.tree.map(np.asarray, summary(state))
+            after(steps, state, objective)
+            if done.all():
+                break
+            if chunk is None and time.perf_counter() - started < 0.1:
+                count = min(2 * count, 256)
+    except KeyboardInterrupt as interruption:
+        return state, steps, interruption
+    return state, steps, None
 
 
 def runner(attack: Attack, *, batched: bool = False, chunk: int | None = None) -> Run:
@@ -105,30 +151,20 @@ def runner(attack: Attack, *, batched: bool = False, chunk: int | None = None) -
         largest = chunk
         if chunk is None and attack.num_steps:
             largest = chunk_size(dataclasses.replace(attack, step=step), observation, state)
-        steps, count, interrupted = 0, chunk or 1, False
-        try:
-            while steps < attack.num_steps:
-                started = time.perf_counter()
-                count = min(count, attack.num_steps - steps)
-                if largest == 1:
-                    for _ in range(count):
-                        state = one(observation, state)
-                else:
-                    state = many(observation, state, count)
-                steps += count
-                objective, done = jax.tree.map(np.asarray, summary(state))
-                if on_chunk is not None:
-                    on_chunk(Progress(steps, attack.num_steps, objective))
-                if done:
-                    break
-                if chunk is None and time.perf_counter() - started < 0.1:
-                    # Chunks grow while they are quick, so that the host neither idles nor waits.
-                    count = min(2 * count, 256)
-        except KeyboardInterrupt:
-            interrupted = True
+
+        def advance(state, count):
+            return one(observation, state) if largest == 1 else many(observation, state, count)
+
+        def after(steps, state, objective):
+            if on_chunk is not None:
+                on_chunk(Progress(steps, attack.num_steps, objective))
+
+        state, steps, interruption = advance_in_chunks(
+            advance, summary, state, 0, attack.num_steps, after, chunk=chunk, stepwise=largest == 1
+        )
         if steps:
             reconstruction = result(observation, state)
-        diagnostics = {**reconstruction.diagnostics, "interrupted": interrupted}
+        diagnostics = {**reconstruction.diagnostics, "interrupted": interruption is not None}
         return reconstruction._replace(diagnostics=diagnostics)
 
     return run

@@ -1,5 +1,6 @@
 """`invjax sweep` and `invjax report`: as a user runs them."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -93,6 +94,63 @@ def test_bad_input_is_one_line_and_writes_nothing(file, tmp_path, options, messa
     error = capsys.readouterr().err.strip()
     assert any(part in error for part in message.split("|")) and len(error.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
+
+
+@pytest.mark.parametrize("call", [0, 5, 12])
+def test_a_disk_that_fills_up_loses_nothing_recorded(file, tmp_path, monkeypatch, capsys, call):
+    left, sync = [call], os.fsync
+
+    def full(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main(["sweep", str(file), "--block-size", "2"]) == 1
+    error = capsys.readouterr().err.strip()
+    assert "No space left" in error and "--resume" in error and len(error.splitlines()) == 1
+    folder = tmp_path / "invjax-runs" / "sweep-mine"
+    assert not [path for path in folder.rglob("*") if "partial" in path.name]
+    monkeypatch.setattr(os, "fsync", sync)
+    # Where not even the beginning was on the disk, there is nothing to resume.
+    how = ["--resume"] if (folder / "sweep.json").exists() else []
+    assert how or call == 0
+    assert cli.main(["sweep", str(file), "--block-size", "2", *how]) == 0
+    assert pq.read_table(folder / "results.parquet").num_rows == 6
+
+
+# Root may write everywhere, but without this capability (PR_CAPBSET_DROP, CAP_DAC_OVERRIDE).
+UNPRIVILEGED = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); "
+    "os.execv(sys.executable, [sys.executable, '-c', *sys.argv[1:]])"
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+def test_a_folder_that_becomes_read_only(file, tmp_path):
+    assert cli.main(["sweep", str(file)]) == 0
+    folder = tmp_path / "invjax-runs" / "sweep-mine"
+    for block in (folder / "blocks").iterdir():
+        block.unlink()
+    places = [folder, *(path for path in folder.iterdir() if path.is_dir())]
+    for place in places:
+        place.chmod(0o500)
+    try:
+        again = subprocess.run(
+            [sys.executable, "-c", UNPRIVILEGED, HEARING, "sweep", str(file), "--resume"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert again.returncode == 2
+        assert "cannot be written to" in again.stderr
+        assert len(again.stderr.strip().splitlines()) == 1
+    finally:
+        for place in places:
+            place.chmod(0o700)
+    assert cli.main(["sweep", str(file), "--resume"]) == 0
+    assert pq.read_table(folder / "results.parquet").num_rows == 6
 
 
 def test_report_of_no_sweep(tmp_path, capsys):

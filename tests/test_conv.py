@@ -85,13 +85,14 @@ def test_chosen_by_backend():
 
 
 def step_like(x):
-    """An intermediate of 100 kB, so that six of these make one group on CPU."""
+    """A matrix product over 120 kB, so that six of these make one group of 750 kB."""
     patches = jnp.broadcast_to(x[:, None], (x.size, 25_000 // x.size)).T
     return {"y": jnp.tanh(patches @ x[:, None]).sum(), "x": 2 * x}
 
 
 @pytest.mark.parametrize("size", [1, 7, 12, 40])
-def test_groups_are_vmap(size):
+def test_groups_are_vmap(size, monkeypatch):
+    monkeypatch.setattr(conv, "GROUP_BYTES", 750_000)
     x = jax.random.normal(jax.random.key(0), (size, 5))
     expected = jax.vmap(step_like)(x)
     for function in (conv.grouped_vmap(step_like), jax.jit(conv.grouped_vmap(step_like))):
@@ -100,7 +101,9 @@ def test_groups_are_vmap(size):
     chex.assert_trees_all_close(jax.tree.map(lambda y: y[0], over_victims), expected, rtol=1e-5)
 
 
-def test_groups_are_of_the_cpu_and_of_its_cache():
+def test_groups_are_of_the_cpu_and_of_its_cache(monkeypatch):
+    monkeypatch.setattr(conv, "GROUP_BYTES", 750_000)
+
     def loops(function, size, backend="cpu"):
         x = jax.ShapeDtypeStruct((size, 5), jnp.float32)
         return "scan" in str(jax.make_jaxpr(conv.grouped_vmap(function, backend))(x))

@@ -50,15 +50,16 @@ def by_name(
     return attacks[0]
 
 
-def needs_labels(text: str) -> bool:
-    """Whether an attack reads the labels by default, so that an experiment must grant them.
+def needs_labels(text: str, labels: str | None = None) -> bool:
+    """Whether an attack reads the labels, so that an experiment must grant them.
 
     Args:
-      text: as for `by_name`.
+      text: as for `by_name`; what it says of labels wins.
+      labels: the setting that `by_name` is given; the attack's own default where `None`.
 
     Returns:
       True where its `labels` setting is `known`.
     """
     ((name, _, settings),) = calls.parse(text, "attack")
     default = inspect.signature(calls.resolve(name, _KNOWN, "attack")).parameters["labels"].default
-    return settings.get("labels", default) == "known"
+    return settings.get("labels", labels or default) == "known"

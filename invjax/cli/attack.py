@@ -130,9 +130,6 @@ def prepare(config: AttackConfig) -> tuple[run.Experiment, pathlib.Path]:
     if config.attack == "dlg" and config.restarts is None:
         settings["restarts"] = 4
     made = attacks.by_name(config.attack, model, defense, **settings)
-    granted = config.labels == "known" or (
-        config.labels is None and attacks.needs_labels(config.attack)
-    )
     experiment = run.Experiment(
         dataset,
         model,
@@ -141,7 +138,7 @@ def prepare(config: AttackConfig) -> tuple[run.Experiment, pathlib.Path]:
         made,
         config.batch_size,
         config.num_victims,
-        granted,
+        attacks.needs_labels(config.attack, config.labels),
         config.seed,
     )
     return experiment, out

@@ -12,6 +12,7 @@ import optax
 
 from invjax import attacks, calls, datasets, defenses, models
 from invjax.base import Array, Attack, Batch, Defense, Model, Observation, Params
+from invjax.evaluation import run
 from invjax.evaluation.grid import Block, Cell, Sweep
 from invjax.observe import observe
 
@@ -79,9 +80,7 @@ def setting(sweep: Sweep, cell: Cell) -> Setting:
         for parsed, values in ((defense_calls, of_defense), (attack_calls, of_attack))
     ]
     key = json.dumps([cell.dataset, cell.model, cell.batch_size, *blank], default=str)
-    granted = sweep.labels == "known" or (
-        sweep.labels is None and attacks.needs_labels(cell.attack)
-    )
+    granted = attacks.needs_labels(cell.attack, sweep.labels)
     return Setting(dataset, model, np.asarray(numbers, np.float32), defense, attack, granted, key)
 
 
@@ -95,24 +94,6 @@ def load(name: str, data_dir: str | None) -> datasets.Dataset:
 def build(name: str, num_classes: int) -> Model:
     """A model, the same object every time, so that what is compiled for it is found again."""
     return models.by_name(name, num_classes)
-
-
-def victims(sweep: Sweep, block: Block, dataset: datasets.Dataset) -> Batch:
-    """The private batches of a block: of a seed, the same for every model, defence and attack.
-
-    Args:
-      sweep: says how many victims a seed has.
-      block: says which of them.
-      dataset: where they come from.
-
-    Returns:
-      `[count, B, ...]`.
-    """
-    size = block.cell.batch_size
-    key = jax.random.fold_in(jax.random.key(block.seed), 0)
-    drawn = datasets.draw(key, dataset, sweep.num_victims * size)
-    part = slice(block.first * size, (block.first + block.count) * size)
-    return jax.tree.map(lambda leaf: leaf[part].reshape(block.count, size, *leaf.shape[1:]), drawn)
 
 
 def keys(block: Block) -> tuple[Array, Array]:
@@ -153,6 +134,29 @@ def client(setting: Setting) -> Callable[..., Observation]:
         )._replace(params=None)
 
     return jax.jit(jax.vmap(watch, in_axes=(None, None, 0, 0)))
+
+
+def observed(
+    sweep: Sweep, block: Block, setting: Setting, client: Callable, params: Params, size: int
+) -> tuple[Batch, Observation, Array]:
+    """What a block's jobs begin with, padded to `size` jobs, so that all blocks share a compilation.
+
+    Args:
+      sweep: says how many victims a seed has; they are the same for every model, defence, attack.
+      block: the jobs.
+      setting: of its cell.
+      client: of that setting.
+      params: of the model.
+      size: at least `block.count`.
+
+    Returns:
+      The private batches `[size, B, ...]`, the observations and keys of the attacks `[size]`.
+    """
+    drawn = run.draw_victims(setting.dataset, block.seed, sweep.num_victims, block.cell.batch_size)
+    picks = np.resize(np.arange(block.count), size)
+    batch = jax.tree.map(lambda leaf: leaf[block.first + picks], drawn)
+    watch_keys, attack_keys = jax.tree.map(lambda leaf: leaf[picks], keys(block))
+    return batch, client(setting.numbers, params, watch_keys, batch), attack_keys
 
 
 def trained(

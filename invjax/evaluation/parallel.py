@@ -205,59 +205,69 @@ def run(
 def _run(program, numbers, params, observation, keys, checkpoints, on_chunk) -> Result:
     started = time.perf_counter()
     number, devices = len(keys), len(program.devices)
-    jobs = -(-number // devices)
-    picks = np.resize(np.arange(number), devices * jobs)
-
-    def stack(tree):
-        return jax.tree.map(lambda leaf: leaf[picks].reshape(devices, jobs, *leaf.shape[1:]), tree)
-
-    def unstack(tree):
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:number], tree)
-
     # Sent to the devices once, not with every chunk.
     copies = program.copy(params)
-    observation = stack(observation)
-    state = program.start(numbers, copies, observation, stack(keys))
-    initial = np.asarray(unstack(program.summary(state)[0]))
+    observation, keys = _stack((observation, keys), devices)
+    state = program.start(numbers, copies, observation, keys)
+    initial = np.asarray(_unstack(program.summary(state)[0], number))
     steps = 0
     if checkpoints is not None and program.num_steps:
-        found = checkpoints.load(jax.eval_shape(unstack, state))
+        found = checkpoints.load(jax.eval_shape(lambda tree: _unstack(tree, number), state))
         if found is not None:
             steps, saved = found
             state = jax.tree.map(
-                lambda leaf, like: jax.device_put(leaf, like.sharding), stack(saved), state
+                lambda leaf, like: jax.device_put(leaf, like.sharding),
+                _stack(saved, devices),
+                state,
             )
-    count, saved_at = 1, time.perf_counter()
     leaves, treedef = jax.tree.flatten(_shapes((numbers, copies, observation, state)))
     on_cpu = program.devices[0].platform == "cpu"
     stepwise = on_cpu and _keeps_lax_conv(program.advance, tuple(leaves), treedef)
-    while steps < program.num_steps:
-        began = time.perf_counter()
-        count = min(count, program.num_steps - steps)
-        if stepwise:
-            for _ in range(count):
-                state = program.advance(numbers, copies, observation, state, 1)
-        else:
-            state = program.advance(numbers, copies, observation, state, count)
-        steps += count
-        objective, done = jax.tree.map(np.asarray, program.summary(state))
-        now = time.perf_counter()
+    saved_at = time.perf_counter()
+
+    def after(steps, state, objective):
+        nonlocal saved_at
         if on_chunk is not None:
-            on_chunk(driver.Progress(steps, program.num_steps, unstack(objective)))
-        if done.all():
-            break
-        if checkpoints is not None and now - saved_at > checkpoints.interval:
-            checkpoints.save(steps, unstack(state))
+            on_chunk(driver.Progress(steps, program.num_steps, objective.reshape(-1)[:number]))
+        if checkpoints is not None and time.perf_counter() - saved_at > checkpoints.interval:
+            checkpoints.save(steps, _unstack(state, number))
             saved_at = time.perf_counter()
-        if now - began < 0.1:
-            count = min(2 * count, 256)
+
+    state, steps, interruption = driver.advance_in_chunks(
+        lambda state, count: program.advance(numbers, copies, observation, state, count),
+        program.summary,
+        state,
+        steps,
+        program.num_steps,
+        after,
+        stepwise=stepwise,
+    )
+    if interruption is not None:
+        if checkpoints is not None and steps:
+            checkpoints.save(steps, _unstack(state, number))
+        raise interruption
     reconstruction = program.finish(numbers, copies, observation, state)
     return Result(
-        reconstruction=jax.tree.map(np.asarray, unstack(reconstruction)),
+        reconstruction=jax.tree.map(np.asarray, _unstack(reconstruction, number)),
         initial_objective=initial,
         steps=steps,
         seconds=time.perf_counter() - started,
     )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _stack(tree, devices):
+    """Jobs `[N, ...]` as `[devices, jobs, ...]`, padded with copies of the first."""
+    number = len(jax.tree.leaves(tree)[0])
+    jobs = -(-number // devices)
+    picks = np.resize(np.arange(number), devices * jobs)
+    return jax.tree.map(lambda leaf: leaf[picks].reshape(devices, jobs, *leaf.shape[1:]), tree)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _unstack(tree, number):
+    """The first `[N, ...]` jobs of `[devices, jobs, ...]`."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:number], tree)
 
 
 def _shapes(tree):

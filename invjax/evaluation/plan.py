@@ -3,9 +3,6 @@
 import time
 from typing import NamedTuple
 
-import jax
-import numpy as np
-
 from invjax.evaluation import grid, jobs, parallel, sweep
 
 PROBED_STEPS = 10
@@ -77,15 +74,11 @@ def plan(settings: grid.Sweep, block_size: int | None = None) -> Plan:
 def _probe(settings, prepared, size) -> tuple[float, float]:
     """Seconds of a whole block, and of the probing itself once everything is compiled."""
     block, setting, client, program, params = prepared
-    picks = np.resize(np.arange(block.count), size)
-    batch, (watch_keys, attack_keys) = jax.tree.map(
-        lambda leaf: leaf[picks], (jobs.victims(settings, block, setting.dataset), jobs.keys(block))
-    )
-    observation = client(setting.numbers, params, watch_keys, batch)
+    _, observation, keys = jobs.observed(settings, block, setting, client, params, size)
 
     def seconds(num_steps: int) -> float:
         part = program._replace(num_steps=min(num_steps, program.num_steps))
-        return parallel.run(part, setting.numbers, params, observation, attack_keys).seconds
+        return parallel.run(part, setting.numbers, params, observation, keys).seconds
 
     seconds(1)
     few, more = seconds(1), seconds(1 + PROBED_STEPS)

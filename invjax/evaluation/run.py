@@ -63,22 +63,24 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def draw_victims(experiment: Experiment) -> Batch:
-    """The private batches `[N, B, ...]` of an experiment; the same for the same seed.
+def draw_victims(dataset: datasets.Dataset, seed: int, num_victims: int, batch_size: int) -> Batch:
+    """Private batches; the same for the same seed, whatever is done to them.
 
     Args:
-      experiment: says how many and from where.
+      dataset: where they come from.
+      seed: of the draw.
+      num_victims: how many batches, `N`.
+      batch_size: samples of each, `B`.
 
     Returns:
-      Stacked batches. A sample occurs once only.
+      Stacked batches `[N, B, ...]`. A sample occurs once only.
 
     Raises:
       ValueError: more samples than the data set holds.
     """
-    total = experiment.num_victims * experiment.batch_size
-    key = jax.random.fold_in(jax.random.key(experiment.seed), 0)
-    batch = datasets.draw(key, experiment.dataset, total)
-    shape = (experiment.num_victims, experiment.batch_size)
+    key = jax.random.fold_in(jax.random.key(seed), 0)
+    batch = datasets.draw(key, dataset, num_victims * batch_size)
+    shape = (num_victims, batch_size)
     return jax.tree.map(lambda leaf: leaf.reshape(shape + leaf.shape[1:]), batch)
 
 
@@ -97,7 +99,9 @@ def attack_victims(
       The outcome; of an interrupted attack, the best so far.
     """
     started = time.perf_counter()
-    victims = draw_victims(experiment)
+    victims = draw_victims(
+        experiment.dataset, experiment.seed, experiment.num_victims, experiment.batch_size
+    )
     root = jax.random.key(experiment.seed)
     observe_keys, attack_keys = (
         jax.random.split(jax.random.fold_in(root, purpose), experiment.num_victims)

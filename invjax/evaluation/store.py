@@ -1,5 +1,6 @@
 """Folders of results: written whole or not at all."""
 
+import functools
 import io
 import json
 import os
@@ -21,6 +22,7 @@ class FolderError(ValueError):
     """A folder that results cannot go to."""
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of what made a result, and the device it ran on.
 

@@ -1,5 +1,6 @@
 """Run a sweep: blocks of jobs over devices and processes, recorded one by one, resumed exactly."""
 
+import collections
 import functools
 import itertools
 import json
@@ -142,52 +143,32 @@ def _sweep(settings, folder, resume, overwrite, block_size, seconds, on_event) -
     record = _open(settings, folder, True, False, block_size)
     blocks = grid.blocks(settings, record["plan"]["block_size"])
     found = journal.read(folder)
+    total = sum(block.count for block in blocks)
     for problem in found.damaged:
-        tell(Event(0, _count(blocks), 0, None, message=f"passed over: {problem}"))
-    done = {
-        block.name: found.blocks[block.name]["status"]
-        for block in blocks
-        if block.name in found.blocks
-    }
-    mine = [block for block in blocks[process::processes] if done.get(block.name) != "done"]
+        tell(Event(0, total, 0, None, message=f"passed over: {problem}"))
+    status = {name: entry["status"] for name, entry in found.blocks.items()}
+    counts = collections.Counter()
+    for block in blocks:
+        counts[status.get(block.name, "open")] += block.count
+    mine = [block for block in blocks[process::processes] if status.get(block.name) != "done"]
     for prepared in prepare(settings, mine):
         block = prepared.block
-        on_record = [other for other in blocks if other.name in done]
-        failed = _count(other for other in on_record if done[other.name] == "failed")
-        event = Event(_count(on_record), _count(blocks), failed, block)
+        event = Event(total - counts["open"], total, counts["failed"], block)
         tell(event)
         checkpoints = _checkpoints(folder, prepared, seconds, event, tell)
-        try:
-            size = record["plan"]["block_size"]
-            rows, arrays = _attack(settings, prepared, size, checkpoints, event, tell)
-            status, reason = "done", ""
-        except (KeyboardInterrupt, MemoryError, OSError):
-            raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
-            tell(event._replace(message=f"{block.name} failed: {traceback.format_exc()}"))
-            status, arrays = "failed", None
-            rows = [
-                {
-                    **_facts(block),
-                    "victim": victim,
-                    "sample": sample,
-                    "status": "failed",
-                    "reason": reason,
-                }
-                for victim in range(block.first, block.first + block.count)
-                for sample in range(block.cell.batch_size)
-            ]
-        journal.record_block(folder, process, block.name, rows, arrays, status, reason)
-        done[block.name] = status
+        size = record["plan"]["block_size"]
+        rows, arrays, reason = _attempt(settings, prepared, size, checkpoints, event, tell)
+        outcome = "failed" if reason else "done"
+        journal.record_block(folder, process, block.name, rows, arrays, outcome, reason)
+        counts[status.get(block.name, "open")] -= block.count
+        counts[outcome] += block.count
     if processes > 1:
         multihost_utils.sync_global_devices("invjax: every process is done")
     if process == 0:
         _finish(folder, blocks)
     if processes > 1:
         multihost_utils.sync_global_devices("invjax: the table is there")
-    failed = _count(block for block in blocks if done.get(block.name) == "failed")
-    tell(Event(_count(blocks), _count(blocks), failed, None))
+    tell(Event(total, total, counts["failed"], None))
     return pq.read_table(folder / "results.parquet")
 
 
@@ -215,12 +196,10 @@ def choose_block_size(settings: grid.Sweep) -> int:
         return min(settings.num_victims, JOBS_ON_CPU)
     block = grid.blocks(settings, 1)[0]
     _, setting, client, program, params = next(prepare(settings, [block]))
-    batch = jobs.victims(settings, block, setting.dataset)
-    watch_keys, attack_keys = jobs.keys(block)
-    observation = client(setting.numbers, params, watch_keys, batch)
+    _, observation, keys = jobs.observed(settings, block, setting, client, params, 1)
     one = jax.tree.map(lambda leaf: leaf[0], observation)
     most = min(-(-settings.num_victims // len(devices)), JOBS_ON_ACCELERATOR)
-    fitting = parallel.jobs_per_device(program, setting.numbers, params, one, attack_keys[0], most)
+    fitting = parallel.jobs_per_device(program, setting.numbers, params, one, keys[0], most)
     return min(settings.num_victims, fitting * len(devices))
 
 
@@ -265,15 +244,30 @@ def _checkpoints(folder, prepared, seconds, event, tell) -> parallel.Checkpoints
     return parallel.Checkpoints(load, save, seconds)
 
 
+def _attempt(settings, prepared, size, checkpoints, event, tell):
+    """Rows, arrays and an empty reason; of an attack that raises, rows that say so, and the reason."""
+    try:
+        return *_attack(settings, prepared, size, checkpoints, event, tell), ""
+    except (KeyboardInterrupt, MemoryError, OSError):
+        raise
+    except Exception as error:
+        block = prepared.block
+        tell(event._replace(message=f"{block.name} failed: {traceback.format_exc()}"))
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+        said = {**_facts(block), "status": "failed", "reason": reason}
+        rows = [
+            {**said, "victim": victim, "sample": sample}
+            for victim in range(block.first, block.first + block.count)
+            for sample in range(block.cell.batch_size)
+        ]
+        return rows, None, reason
+
+
 def _attack(settings, prepared, size, checkpoints, event, tell):
-    """Rows and arrays of a block, padded to `size` jobs, so that all blocks share a compilation."""
+    """Rows and arrays of a block."""
     started = time.perf_counter()
     block, setting, client, program, params = prepared
-    picks = np.resize(np.arange(block.count), size)
-    batch, (watch_keys, attack_keys) = jax.tree.map(
-        lambda leaf: leaf[picks], (jobs.victims(settings, block, setting.dataset), jobs.keys(block))
-    )
-    observation = client(setting.numbers, params, watch_keys, batch)
+    batch, observation, keys = jobs.observed(settings, block, setting, client, params, size)
     prototype = setting.attack(setting.numbers)
     if prototype.check is not None:
         one = jax.tree.map(lambda leaf: leaf[0], observation)
@@ -286,7 +280,7 @@ def _attack(settings, prepared, size, checkpoints, event, tell):
         setting.numbers,
         params,
         observation,
-        attack_keys,
+        keys,
         checkpoints=checkpoints,
         on_chunk=lambda progress: tell(event._replace(progress=progress)),
     )
@@ -341,7 +335,3 @@ def _finish(folder: pathlib.Path, blocks: Sequence[grid.Block]) -> None:
     recorded = journal.read(folder).blocks
     order = [block.name for block in blocks if block.name in recorded]
     journal.compact(folder, {block.name: block.cell.name for block in blocks}, order)
-
-
-def _count(blocks) -> int:
-    return sum(block.count for block in blocks)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -98,4 +99,8 @@ def test_two_processes_give_the_table_of_one(tmp_path):
     for process in processes:
         process.communicate()
     assert 0 < len(journal.read(folder).blocks) <= len(grid.blocks(SMALL, 2))
+    shutil.copytree(folder, tmp_path / "again")
     same_tables(sweep.sweep(SMALL, folder, resume=True), expected)
+    # And two go on with it as well.
+    finish(launch(file, tmp_path / "again", "--resume"))
+    same_tables(pq.read_table(tmp_path / "again" / "results.parquet"), expected)

@@ -41,9 +41,13 @@ def indices(batch, number=30):
 # Victims.
 
 
+def draw(wanted):
+    return run.draw_victims(wanted.dataset, wanted.seed, wanted.num_victims, wanted.batch_size)
+
+
 def test_victims_do_not_overlap_and_are_of_the_data_set():
     data = images()
-    batch = run.draw_victims(experiment(num_victims=6, batch_size=5))
+    batch = draw(experiment(num_victims=6, batch_size=5))
     assert batch.inputs.shape == (6, 5, *SHAPE) and batch.labels.shape == (6, 5)
     drawn = indices(batch)
     # All thirty, each of them once.
@@ -53,18 +57,18 @@ def test_victims_do_not_overlap_and_are_of_the_data_set():
 
 
 def test_victims_depend_on_the_seed_and_on_nothing_else():
-    first, again, other = (indices(run.draw_victims(experiment(seed=seed))) for seed in (1, 1, 2))
+    first, again, other = (indices(draw(experiment(seed=seed))) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
     defended = experiment(seed=1, grant_labels=False)._replace(
         defense=invjax.defenses.gaussian_noise(1.0)
     )
-    np.testing.assert_array_equal(indices(run.draw_victims(defended)), first)
+    np.testing.assert_array_equal(indices(draw(defended)), first)
 
 
 def test_more_victims_than_samples_are_refused():
     with pytest.raises(ValueError, match=r"size must lie in \[1, 30\]"):
-        run.draw_victims(experiment(num_victims=16))
+        draw(experiment(num_victims=16))
 
 
 # Measurements.
@@ -131,7 +135,7 @@ def test_rows_are_the_metrics_of_the_matched_reconstruction(outcome):
 
 
 def test_victims_are_those_drawn(outcome):
-    batch = run.draw_victims(experiment())
+    batch = draw(experiment())
     np.testing.assert_array_equal(outcome.truth, batch.inputs)
     np.testing.assert_array_equal(outcome.labels, batch.labels)
 

@@ -105,6 +105,12 @@ class Stop(KeyboardInterrupt):
     pass
 
 
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize("events", [1, 4, 9])
 def test_an_interrupted_sweep_resumes_to_the_same_table(whole, tmp_path, events):
     left = [events]
@@ -147,6 +153,76 @@ def test_a_damaged_block_is_named_and_runs_again(whole, tmp_path):
         SMALL, folder, resume=True, on_event=lambda event: messages.append(event.message)
     )
     assert any(victim.name in message for message in messages)
+    assert table(resumed) == table(whole[1])
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 8])
+def test_any_number_of_devices_gives_the_same_table(number, monkeypatch, tmp_path_factory):
+    """13 jobs, which no number of devices divides; rounding is all that may differ."""
+    cells = grid.Sweep(
+        models=("mlp((8,))",),
+        defenses=("gaussian_noise(0.01)",),
+        attacks=("bayes(num_steps=30)",),
+        num_victims=13,
+    )
+    devices = jax.local_devices()[:number]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    rows = sweep.sweep(cells, tmp_path_factory.mktemp("devices") / "s").to_pylist()
+    first = ON_ONE_DEVICE.setdefault("rows", rows)
+    assert len(rows) == 13
+    for row, expected in zip(rows, first, strict=True):
+        assert row["victim"] == expected["victim"] and row["label"] == expected["label"]
+        np.testing.assert_allclose(
+            row["initial_objective"], expected["initial_objective"], rtol=1e-6
+        )
+        np.testing.assert_allclose(row["psnr"], expected["psnr"], atol=0.01)
+        np.testing.assert_allclose(row["ssim"], expected["ssim"], atol=1e-3)
+
+
+ON_ONE_DEVICE = {}
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-100]), flip])
+def test_a_damaged_checkpoint_is_named_and_its_block_begins_anew(whole, tmp_path, damage):
+    folder, events = tmp_path / "s", [0]
+
+    def stop(event):
+        events[0] += event.progress is not None
+        if events[0] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        sweep.sweep(SMALL, folder, block_size=2, on_event=stop, checkpoint_seconds=0)
+    (saved,) = (folder / "checkpoints").iterdir()
+    damage(saved)
+    messages = []
+    resumed = sweep.sweep(
+        SMALL, folder, resume=True, on_event=lambda event: messages.append(event.message)
+    )
+    assert any("checkpoint" in message and "damaged" in message for message in messages)
+    assert table(resumed) == table(whole[1])
+
+
+def test_a_checkpoint_is_gone_on_from(whole, tmp_path):
+    folder, seen = tmp_path / "s", []
+
+    def stop(event):
+        if event.progress is not None:
+            seen.append(event.progress.step)
+        if len(seen) == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        sweep.sweep(SMALL, folder, block_size=2, on_event=stop)
+    before, seen[:] = seen[-1], []
+    steps = []
+    resumed = sweep.sweep(
+        SMALL,
+        folder,
+        resume=True,
+        on_event=lambda event: steps.append(event.progress and event.progress.step),
+    )
+    assert next(step for step in steps if step) > before
     assert table(resumed) == table(whole[1])
 
 

@@ -238,21 +238,24 @@ def _run_attack(attack: Attack, key: Array, observation: Observation) -> Reconst
     return attack.result(observation, state)
 
 
-Stage = Literal["per_sample", "aggregate"]
+Stage = Literal["inputs", "per_sample", "aggregate"]
 
 
 class Defense(optax.GradientTransformationExtraArgs):
     """An optax gradient transformation that also knows its own channel.
 
     It is the plain two-tuple `(init, update)` and composes inside `optax.chain`. A defence of stage
-    `per_sample` takes gradients with a leading sample axis and returns their aggregate; one of
-    stage `aggregate` maps a gradient to a gradient.
+    `per_sample` takes gradients with a leading sample axis and returns their aggregate; any other
+    maps a gradient to a gradient. One that changes the batch, or computes something of it, does so
+    in `prepare`, which comes before the gradient.
 
     Attributes:
       name: the constructor and its settings, for tables and messages.
-      stage: where it acts.
+      stage: where it acts first on a gradient: `per_sample` or `aggregate`.
       stages: the elementary stages (`invjax.defenses.base.Elementary`) that it chains, in order.
       init_with_key: `init_with_key(key, params) -> state`; `init` is the same with the default key.
+      prepare: `prepare(batch, state, params) -> (batch, state)`, the batch that the gradient is to
+        be taken of.
       public: `public(state) -> tuple`, what the defence publishes of its randomness, an entry a stage.
       law: `law(observed, candidate, public) -> Law`: the law of the observation given a candidate
         gradient (per-sample where the stage says so).
@@ -263,6 +266,7 @@ class Defense(optax.GradientTransformationExtraArgs):
     stage: Stage
     stages: tuple
     init_with_key: Callable[[Array, Params], Any]
+    prepare: Callable[[Batch, Any, Params], tuple[Batch, Any]]
     public: Callable[[Any], tuple]
     law: Callable[..., Any]
     log_likelihood: Callable[..., Array]

@@ -71,6 +71,9 @@ def observe(
         raise ValueError(f"grant_statistics: the model {model.name} has no batch norm.")
 
     order_key, defense_key = jax.random.split(key)
+    state = defense.init_with_key(defense_key, params)
+    granted = batch.labels
+    batch, state = defense.prepare(batch, state, params)
     if local is not None:
         if defense.stage == "per_sample":
             raise ValueError(
@@ -82,7 +85,6 @@ def observe(
     else:
         private = gradients.gradient(model, params, batch)
 
-    state = defense.init_with_key(defense_key, params)
     observed, _ = defense.update(private, state, params)
     statistics = None
     if grant_statistics:
@@ -98,10 +100,28 @@ def observe(
             input_range=input_range,
             local=local,
         ),
-        labels=jnp.asarray(batch.labels) if grant_labels else None,
+        labels=jnp.asarray(granted) if grant_labels else None,
         statistics=statistics,
         public=defense.public(state),
     )
+
+
+def prepared_batch(key: Array, params: Params, batch: Batch, defense: Defense) -> Batch:
+    """The batch that `observe` takes the gradient of: what a defence on inputs made of the private one.
+
+    The truth of an attack on such a defence is this batch as much as the private one: report both.
+
+    Args:
+      key: as given to `observe`.
+      params: the parameters that the server sent.
+      batch: the private batch.
+      defense: the client's defence.
+
+    Returns:
+      The batch; labels may be `[B, C]` probabilities.
+    """
+    _, defense_key = jax.random.split(key)
+    return defense.prepare(batch, defense.init_with_key(defense_key, params), params)[0]
 
 
 def per_step_gradient(observation: Observation) -> PyTree:

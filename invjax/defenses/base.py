@@ -3,13 +3,13 @@
 import itertools
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from invjax.base import Array, Defense, Params, PyTree, Stage
+from invjax.base import Array, Batch, Defense, Params, PyTree, Stage
 from invjax.defenses.law import Law, aggregate, log_likelihood
 from invjax.gradients import mean_samples
 
@@ -19,14 +19,16 @@ class Elementary(NamedTuple):
 
     Attributes:
       name: the constructor and its settings.
-      stage: `per_sample` stages map per-sample gradients to per-sample gradients, `aggregate`
-        stages a gradient to a gradient.
+      stage: `inputs` stages change the batch and leave the gradient alone, `per_sample` stages map
+        per-sample gradients to per-sample gradients, `aggregate` stages a gradient to a gradient.
       init: `init(key, params) -> state`.
       update: `update(gradients, state, count) -> (gradients, state)`; `count` is the number of
         samples behind an aggregated gradient where it is known, else 1.
       propagate: `propagate(law, observed, public) -> law`; `observed` is the observation where this
         stage's zeros can be read off it, else `None`.
       public: `public(state)`, the randomness that this stage publishes.
+      prepare: `prepare(batch, state, params) -> (batch, state)`, before the gradient is taken; of
+        any stage that changes the batch or needs to see it.
       keeps_zeros: a zero coordinate of the input is a zero of the output, and which others become
         zero does not depend on their values.
     """
@@ -37,13 +39,43 @@ class Elementary(NamedTuple):
     update: Callable[[PyTree, Any, int], tuple[PyTree, Any]]
     propagate: Callable[[Law, PyTree | None, Any], Law]
     public: Callable[[Any], Any] = lambda state: None
+    prepare: Callable[[Batch, Any, Params], tuple[Batch, Any]] | None = None
     keeps_zeros: bool = False
+
+
+ORDER: tuple[Stage, ...] = get_args(Stage)
+ACTS_ON = {
+    "inputs": "inputs",
+    "per_sample": "per-sample gradients",
+    "aggregate": "their aggregate",
+}
 
 
 def stateless(key: Array, params: Params) -> tuple:
     """The empty state, for stages without randomness."""
     del key, params
     return ()
+
+
+def on_inputs(name: str, transform: Callable[[Array, Batch], Batch]) -> Elementary:
+    """A stage that changes the batch, with a fresh key every time.
+
+    Args:
+      name: the constructor and its settings.
+      transform: `transform(key, batch) -> batch`; labels may become `[B, C]` probabilities.
+
+    Returns:
+      The stage. Its state is a key; the likelihood knows nothing of it: it is of the changed batch.
+    """
+
+    def prepare(batch, state, params):
+        del params
+        now, later = jax.random.split(state)
+        return transform(now, batch), later
+
+    return nothing(name, "inputs")._replace(
+        init=lambda key, params: jax.random.fold_in(key, 0), prepare=prepare
+    )
 
 
 def nothing(name: str, stage: Stage) -> Elementary:
@@ -79,16 +111,17 @@ def from_stages(*stages: Elementary, name: str | None = None, key: Array | None 
       where it is given these; `with_key(key)` is the same defence with another key of `init`.
 
     Raises:
-      ValueError: a per-sample stage stands after an aggregated one.
+      ValueError: a stage on inputs stands after one on gradients, or a per-sample stage after an
+        aggregated one.
     """
     for before, after in itertools.pairwise(stages):
-        if before.stage == "aggregate" and after.stage == "per_sample":
+        if ORDER.index(before.stage) > ORDER.index(after.stage):
             raise ValueError(
-                f"{after.name} acts on per-sample gradients and cannot follow {before.name}, "
-                "which acts on their aggregate: put it first."
+                f"{after.name} acts on {ACTS_ON[after.stage]} and cannot follow {before.name}, "
+                f"which acts on {ACTS_ON[before.stage]}: put it first."
             )
     name = ",".join(stage.name for stage in stages) if name is None else name
-    per_sample = bool(stages) and stages[0].stage == "per_sample"
+    per_sample = any(stage.stage == "per_sample" for stage in stages)
 
     def init_with_key(key: Array, params: Params) -> tuple:
         # Every stage draws from its own key; folding in also copies a key that may be donated.
@@ -99,6 +132,13 @@ def from_stages(*stages: Elementary, name: str | None = None, key: Array | None 
     def init(params: Params) -> tuple:
         default = jax.random.key(zlib.crc32(name.encode())) if key is None else key
         return init_with_key(default, params)
+
+    def prepare(batch: Batch, state, params: Params):
+        new_state = list(state)
+        for index, stage in enumerate(stages):
+            if stage.prepare is not None:
+                batch, new_state[index] = stage.prepare(batch, state[index], params)
+        return batch, tuple(new_state)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -145,6 +185,7 @@ def from_stages(*stages: Elementary, name: str | None = None, key: Array | None 
         stage="per_sample" if per_sample else "aggregate",
         stages=stages,
         init_with_key=init_with_key,
+        prepare=prepare,
         public=public,
         law=law,
         log_likelihood=defense_log_likelihood,

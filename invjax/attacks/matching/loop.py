@@ -146,7 +146,7 @@ def gradient_matching(
         observation = context.observation
         candidate = candidate_gradient(model, observation.params, Batch(inputs, target))
         value = objective.value(candidate, observation)
-        return value if prior is None else value + prior(inputs, context)
+        return value if prior is None else value + prior(inputs, context._replace(labels=target))
 
     def prepare(observation: Observation, variables) -> Context:
         # A federated update is read on the scale of one gradient.

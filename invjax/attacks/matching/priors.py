@@ -17,10 +17,12 @@ class Context(NamedTuple):
     Attributes:
       observation: what the adversary was granted.
       group: `[B, ...]` mean of all restarts' candidates.
+      labels: `[B]` classes, or `[B, C]` probabilities where they are optimised.
     """
 
     observation: Observation
     group: Array
+    labels: Array | None = None
 
 
 Prior = Callable[[Array, Context], Array]

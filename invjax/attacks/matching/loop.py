@@ -10,21 +10,27 @@ import optax
 
 from invjax import conv, gradients
 from invjax.attacks import labels as label_recovery
+from invjax.attacks.matching.ball import Ball, check_ball, over_ball
 from invjax.attacks.matching.objectives import Objective
 from invjax.attacks.matching.priors import Context, Prior
 from invjax.base import Array, Attack, Batch, Model, Observation, PyTree, Reconstruction
 from invjax.observe import check_observation, per_step_gradient
 
 Labels = Literal["known", "recovered", "joint"]
-Initializer = Callable[[Array, tuple[int, ...], Observation], Array]
+Variables = dict[str, Array]
+Initializer = Callable[[Array, tuple[int, ...], Observation], Array | Variables]
 Constraint = Callable[[Array, Observation], Array]
+Decode = Callable[[Variables, Observation], Array]
+Candidate = Callable[[Model, Observation, Batch, Variables], PyTree]
+Pool = Callable[[Array, Array, Observation], Array]
 
 
 class State(NamedTuple):
     """State of the loop; everything but `count` and `labels` has a leading axis of restarts `R`.
 
     Attributes:
-      variables: `{"inputs": [R, B, ...]}` and, where labels are optimised, `"labels"`: logits `[R, B, C]`.
+      variables: `{"inputs": [R, B, ...]}`; `"labels"`, logits `[R, B, C]`, where labels are optimised;
+        and what else the initializer gave.
       optimizer: optimizer states.
       value: `[R]` objective at `variables`.
       gradient: its gradient.
@@ -36,13 +42,14 @@ class State(NamedTuple):
       trace: `[R, num_steps + 1]` objectives, NaN where not run.
       count: steps done.
       labels: `[B]` fixed labels, or `None` where they are optimised.
+      keys: `[R]` of the points in a ball; `None` without one.
     """
 
-    variables: dict[str, Array]
+    variables: Variables
     optimizer: Any
     value: Array
-    gradient: dict[str, Array]
-    best: dict[str, Array]
+    gradient: Variables
+    best: Variables
     best_value: Array
     reference: Array
     stale: Array
@@ -50,6 +57,7 @@ class State(NamedTuple):
     trace: Array
     count: Array
     labels: Array | None
+    keys: Array | None = None
 
 
 def normal(std: float = 1.0, mean: float = 0.0) -> Initializer:
@@ -94,10 +102,16 @@ def gradient_matching(
     tolerance: float = 1e-3,
     batch_size: int | None = None,
     backend: str | None = None,
+    decode: Decode | None = None,
+    candidate: Candidate | None = None,
+    pool: Pool | None = None,
+    ball: Ball | None = None,
+    likelihood_weight: optax.Schedule | None = None,
 ) -> Attack:
     """Reconstruct a batch by making its gradient match the observed one.
 
-    The restarts are vmapped; the best by objective is returned, and the truth is never looked at.
+    The restarts are vmapped; the best by objective is returned, and the truth is never looked at. Of
+    an objective that changes from step to step (a ball, a schedule) the last variables count.
 
     Args:
       model: the model that the client used.
@@ -108,13 +122,22 @@ def gradient_matching(
       constraint: `constraint(inputs, observation) -> inputs`, applied after every step.
       labels: `known` reads those that the observation grants, `recovered` infers them from the
         gradient first, `joint` optimises soft labels along with the inputs.
-      initializer: `initializer(key, shape, observation) -> inputs`; standard normal by default.
+      initializer: `initializer(key, shape, observation) -> inputs`, or a dict of variables with
+        `"inputs"` among them; standard normal by default.
       restarts: independent starts.
       patience: a restart ends when the objective did not fall by `tolerance` in this many steps;
         never where `None`.
       tolerance: relative.
       batch_size: how many inputs to reconstruct; the observation's own where `None`.
       backend: `cpu`, `gpu` or `tpu`: how convolutions are computed; the present one where `None`.
+      decode: `decode(variables, observation) -> inputs [B, ...]`; `variables["inputs"]` by default.
+      candidate: `candidate(model, observation, batch, variables) -> gradient`, what the client would
+        have sent of a batch; its plain gradient by default, a federated update then being read on
+        the scale of one gradient.
+      pool: `pool(inputs [R, B, ...], values [R], observation) -> inputs`, what the restarts say
+        together; the best one's by default.
+      ball: sum up the posterior around the candidate instead of taking its value there.
+      likelihood_weight: of the data term, by step; 1 by default.
 
     Returns:
       The attack. `diagnostics` holds `trace [R, num_steps + 1]`, `status [R]` (0 ran to the end,
@@ -133,25 +156,45 @@ def gradient_matching(
         raise ValueError(f"labels must be one of {get_args(Labels)}, got {labels!r}.")
     if labels == "joint" and model.num_classes < 2:
         raise ValueError("labels='joint' needs a model with at least two logits.")
+    if ball is not None:
+        check_ball(ball)
     model = conv.for_matching(model, backend)
     initializer = normal() if initializer is None else initializer
     optimizer = optax.with_extra_args_support(optimizer)
-    candidate_gradient = (
+    moving = ball is not None or likelihood_weight is not None
+    plain = (
         gradients.per_sample_gradients if objective.stage == "per_sample" else gradients.gradient
     )
 
-    def loss(variables, fixed_labels, context: Context) -> Array:
-        inputs = variables["inputs"]
+    def decoded(variables: Variables, observation: Observation) -> Array:
+        return variables["inputs"] if decode is None else decode(variables, observation)
+
+    def loss(variables, fixed_labels, context: Context, key, count) -> Array:
         target = jax.nn.softmax(variables["labels"]) if fixed_labels is None else fixed_labels
         observation = context.observation
-        candidate = candidate_gradient(model, observation.params, Batch(inputs, target))
-        value = objective.value(candidate, observation)
-        return value if prior is None else value + prior(inputs, context._replace(labels=target))
+
+        def at(raw: Array) -> Array:
+            inputs = decoded({**variables, "inputs": raw}, observation)
+            batch = Batch(inputs, target)
+            if candidate is None:
+                gradient = plain(model, observation.params, batch)
+            else:
+                gradient = candidate(model, observation, batch, variables)
+            value = objective.value(gradient, observation)
+            if likelihood_weight is not None:
+                value = likelihood_weight(count) * value
+            known = context._replace(labels=target)
+            return value if prior is None else value + prior(inputs, known)
+
+        key = None if key is None else jax.random.fold_in(key, count)
+        return over_ball(at, ball, key)(variables["inputs"])
 
     def prepare(observation: Observation, variables) -> Context:
-        # A federated update is read on the scale of one gradient.
-        observation = observation._replace(gradient=per_step_gradient(observation))
-        return Context(observation, group=variables["inputs"].mean(axis=0))
+        group = jax.vmap(lambda one: decoded(one, observation))(variables).mean(axis=0)
+        if candidate is None:
+            # A federated update is read on the scale of one gradient.
+            observation = observation._replace(gradient=per_step_gradient(observation))
+        return Context(observation, group)
 
     def check(observation: Observation) -> None:
         check_observation(model, observation)
@@ -166,7 +209,8 @@ def gradient_matching(
 
         def start(key):
             inputs_key, labels_key = jax.random.split(key)
-            variables = {"inputs": initializer(inputs_key, shape, observation)}
+            variables: Any = initializer(inputs_key, shape, observation)
+            variables = dict(variables) if isinstance(variables, dict) else {"inputs": variables}
             if constraint is not None:
                 variables["inputs"] = constraint(variables["inputs"], observation)
             if fixed is None:
@@ -174,17 +218,20 @@ def gradient_matching(
                 variables["labels"] = logits
             return variables
 
-        variables = jax.vmap(start)(jax.random.split(key, restarts))
+        keys = jax.random.split(key, restarts)
+        variables = jax.vmap(start)(keys)
         context = prepare(observation, variables)
+        count = jnp.zeros((), jnp.int32)
 
-        def evaluate(variables):
-            value, gradient = jax.value_and_grad(loss)(variables, fixed, context)
+        def evaluate(variables, key):
+            key = key if ball is not None else None
+            value, gradient = jax.value_and_grad(loss)(variables, fixed, context, key, count)
             state = optimizer.init(variables)
             if _has_line_search(state):
                 state = optax.tree.set(state, value=value, grad=gradient)
             return value, gradient, state
 
-        value, gradient, optimizer_state = jax.vmap(evaluate)(variables)
+        value, gradient, optimizer_state = jax.vmap(evaluate)(variables, keys)
         return State(
             variables=variables,
             optimizer=optimizer_state,
@@ -196,15 +243,16 @@ def gradient_matching(
             stale=jnp.zeros(restarts, jnp.int32),
             finished=~jnp.isfinite(value),
             trace=jnp.full((restarts, num_steps + 1), jnp.nan).at[:, 0].set(value),
-            count=jnp.zeros((), jnp.int32),
+            count=count,
             labels=fixed,
+            keys=None if ball is None else keys,
         )
 
-    def advance(variables, optimizer_state, value, gradient, fixed, context):
+    def advance(variables, optimizer_state, value, gradient, key, fixed, context, count):
         """One optimizer step of one restart."""
 
         def value_fn(variables):
-            return loss(variables, fixed, context)
+            return loss(variables, fixed, context, key, count)
 
         updates, optimizer_state = optimizer.update(
             gradient, optimizer_state, variables, value=value, grad=gradient, value_fn=value_fn
@@ -213,7 +261,7 @@ def gradient_matching(
         if constraint is not None:
             inputs = constraint(variables["inputs"], context.observation)
             variables = {**variables, "inputs": inputs}
-        if constraint is None and _has_line_search(optimizer_state):
+        if constraint is None and not moving and _has_line_search(optimizer_state):
             # The line search has evaluated the point that it accepted.
             value = optax.tree.get(optimizer_state, "value")
             gradient = optax.tree.get(optimizer_state, "grad")
@@ -224,16 +272,16 @@ def gradient_matching(
     def step(observation: Observation, state: State) -> State:
         context = prepare(observation, state.variables)
         old = (state.variables, state.optimizer, state.value, state.gradient)
-        one = functools.partial(advance, fixed=state.labels, context=context)
-        moved = conv.grouped_vmap(one, backend)(*old)
+        count = state.count + 1
+        one = functools.partial(advance, fixed=state.labels, context=context, count=count)
+        moved = conv.grouped_vmap(one, backend)(*old, state.keys)
         variables, optimizer_state, value, gradient = _select(state.finished, old, moved)
-        better = value < state.best_value
+        better = jnp.isfinite(value) if moving else value < state.best_value
         noticeable = value < state.reference - tolerance * jnp.abs(state.reference)
         stale = jnp.where(noticeable, 0, state.stale + 1)
         finished = state.finished | ~jnp.isfinite(value)
         if patience is not None:
             finished |= stale >= patience
-        count = state.count + 1
         traced = jnp.where(state.finished, jnp.nan, value)
         return State(
             variables=variables,
@@ -248,14 +296,18 @@ def gradient_matching(
             trace=state.trace.at[:, count].set(traced),
             count=count,
             labels=state.labels,
+            keys=state.keys,
         )
 
     def result(observation: Observation, state: State) -> Reconstruction:
-        del observation
         finite = jnp.isfinite(state.best_value)
         winner = jnp.argmin(jnp.where(finite, state.best_value, jnp.inf))
         best = jax.tree.map(lambda leaf: leaf[winner], state.best)
-        inputs = best["inputs"]
+        if pool is None:
+            inputs = decoded(best, observation)
+        else:
+            every = jax.vmap(lambda one: decoded(one, observation))(state.best)
+            inputs = pool(every, state.best_value, observation)
         found = jnp.broadcast_to(finite[winner], inputs.shape[:1])
         plateau = state.finished & jnp.isfinite(state.value)
         return Reconstruction(

@@ -7,16 +7,20 @@ attack is an `invjax.base.Attack`: pure, `jit`- and `vmap`-able.
 from invjax.attacks import labels as labels
 from invjax.attacks.by_name import by_name as by_name
 from invjax.attacks.by_name import needs_labels as needs_labels
+from invjax.attacks.matching import annealed as annealed
 from invjax.attacks.matching import bayes as bayes
 from invjax.attacks.matching import dlg as dlg
 from invjax.attacks.matching import gradient_matching as gradient_matching
 from invjax.attacks.matching import gradinversion as gradinversion
 from invjax.attacks.matching import idlg as idlg
 from invjax.attacks.matching import inverting_gradients as inverting_gradients
+from invjax.attacks.matching import likelihoods as likelihoods
 from invjax.attacks.matching import objectives as objectives
+from invjax.attacks.matching import risk as risk
 from invjax.attacks.matching import tag as tag
 
 __all__ = [
+    "annealed",
     "bayes",
     "by_name",
     "dlg",
@@ -25,7 +29,9 @@ __all__ = [
     "idlg",
     "inverting_gradients",
     "labels",
+    "likelihoods",
     "needs_labels",
     "objectives",
+    "risk",
     "tag",
 ]

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from invjax import calls
-from invjax.attacks.matching import presets
+from invjax.attacks.matching import bayes, presets
 from invjax.base import Attack, Defense, Model
 
 _KNOWN: dict[str, Callable[..., Attack]] = {
     function.__name__: function
     for function in (
-        presets.bayes,
+        bayes,
         presets.dlg,
         presets.gradinversion,
         presets.idlg,

@@ -1,9 +1,12 @@
 """Gradient matching: one loop, its data terms, priors, and the published attacks as presets."""
 
+from invjax.attacks.matching import likelihoods as likelihoods
 from invjax.attacks.matching import objectives as objectives
 from invjax.attacks.matching import priors as priors
+from invjax.attacks.matching.bayes import annealed as annealed
+from invjax.attacks.matching.bayes import bayes as bayes
+from invjax.attacks.matching.bayes import risk as risk
 from invjax.attacks.matching.loop import gradient_matching as gradient_matching
-from invjax.attacks.matching.presets import bayes as bayes
 from invjax.attacks.matching.presets import dlg as dlg
 from invjax.attacks.matching.presets import gradinversion as gradinversion
 from invjax.attacks.matching.presets import idlg as idlg
@@ -11,13 +14,16 @@ from invjax.attacks.matching.presets import inverting_gradients as inverting_gra
 from invjax.attacks.matching.presets import tag as tag
 
 __all__ = [
+    "annealed",
     "bayes",
     "dlg",
     "gradient_matching",
     "gradinversion",
     "idlg",
     "inverting_gradients",
+    "likelihoods",
     "objectives",
     "priors",
+    "risk",
     "tag",
 ]

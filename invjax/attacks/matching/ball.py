@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from invjax.base import Array
+from invjax.defenses.checks import check
 
 Mode = Literal["jensen", "exact_mc"]
 
@@ -42,8 +43,7 @@ def check_ball(ball: Ball) -> None:
     """
     if ball.mode not in get_args(Mode):
         raise ValueError(f"mode must be 'map' or one of {get_args(Mode)}, got {ball.mode!r}.")
-    if not ball.delta > 0:
-        raise ValueError(f"delta must be positive in mode {ball.mode!r}, got {ball.delta}.")
+    check("delta", ball.delta, 0.0, open_low=True)
     if ball.num_samples < 1 or (ball.antithetic and ball.num_samples % 2):
         raise ValueError(
             f"num_samples must be positive, and even for antithetic pairs, got {ball.num_samples}."
@@ -66,8 +66,8 @@ def sample_ball(key: Array, ball: Ball, shape: tuple[int, ...], dtype=jnp.float3
       `[num_samples, *shape]`.
     """
     number = ball.num_samples // 2 if ball.antithetic else ball.num_samples
-    points = ball.delta * jax.random.ball(key, math.prod(shape), shape=(number,), dtype=dtype)
-    points = points.reshape((number, *shape))
+    unit = jnp.asarray(jax.random.ball(key, math.prod(shape), shape=(number,), dtype=dtype))
+    points = ball.delta * unit.reshape((number, *shape))
     return jnp.concatenate([points, -points]) if ball.antithetic else points
 
 
@@ -79,12 +79,12 @@ def over_ball(
     Args:
       value: `value(inputs) -> scalar`, the negative log-posterior.
       ball: the ball; `None` for the posterior's mode.
-      key: of the points.
+      key: of the points; `None` without a ball.
 
     Returns:
       `inputs -> scalar`, lower is better.
     """
-    if ball is None:
+    if ball is None or key is None:
         return value
 
     def summed(inputs: Array) -> Array:

@@ -182,7 +182,7 @@ def gradient_matching(
                 gradient = candidate(model, observation, batch, variables)
             value = objective.value(gradient, observation)
             if likelihood_weight is not None:
-                value = likelihood_weight(count) * value
+                value = jnp.asarray(likelihood_weight(count)) * value
             known = context._replace(labels=target)
             return value if prior is None else value + prior(inputs, known)
 

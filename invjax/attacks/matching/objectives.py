@@ -140,39 +140,6 @@ def cosine_per_layer(weights: PyTree | None = None) -> Objective:
     return Objective(value, name="cosine_per_layer")
 
 
-def gaussian_likelihood(std: float) -> Objective:
-    """Negative log-likelihood under Gaussian noise on the aggregate, up to its constant.
-
-    Args:
-      std: standard deviation of the noise on the observed gradient. Noise of `s` on every sample of
-        a batch of `B` is `s / sqrt(B)` here.
-
-    Returns:
-      The objective: squared L2 over `2 std^2`.
-    """
-
-    def value(candidate, observation):
-        return squared_l2().value(candidate, observation) / (2 * std**2)
-
-    return Objective(value, name="gaussian_likelihood")
-
-
-def laplace_likelihood(scale: float) -> Objective:
-    """Negative log-likelihood under Laplace noise on the aggregate, up to its constant.
-
-    Args:
-      scale: the Laplace scale (standard deviation over the square root of two).
-
-    Returns:
-      The objective: L1 over `scale`.
-    """
-
-    def value(candidate, observation):
-        return l1().value(candidate, observation) / scale
-
-    return Objective(value, name="laplace_likelihood")
-
-
 def matched(defense: Defense, slack: float | None = None) -> Objective:
     """Negative log-likelihood of the defence's own channel (Balunovic et al. 2022).
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from invjax.attacks.matching import objectives, priors
-from invjax.attacks.matching.loop import Labels, gradient_matching, normal
-from invjax.base import Attack, Defense, Model
+from invjax.attacks.matching.loop import Labels, gradient_matching
+from invjax.base import Attack, Model
 
 
 def signed_adam(learning_rate: float, num_steps: int) -> optax.GradientTransformation:
@@ -217,47 +217,6 @@ def gradinversion(
     }
     return gradient_matching(
         model, num_steps=num_steps, restarts=restarts, labels=labels, **settings
-    )
-
-
-def bayes(
-    model: Model,
-    defense: Defense,
-    prior: priors.Prior | None = None,
-    *,
-    learning_rate: float = 0.1,
-    num_steps: int = 1000,
-    restarts: int = 1,
-    labels: Labels = "known",
-    **settings: Any,
-) -> Attack:
-    """The adversary that knows the defence: maximum a posteriori under its channel and a prior.
-
-    Balunovic et al. 2022, as their released attack runs it (the ball of radius delta shrunk to a
-    point). The likelihood has weight one: their annealing costs about a decibel.
-
-    Args:
-      model: the model.
-      defense: the client's defence; its likelihood is the data term.
-      prior: on the inputs; uniform by default.
-      learning_rate: of Adam with cosine decay.
-      num_steps: steps.
-      restarts: independent starts.
-      labels: `known`, `recovered` or `joint`.
-      **settings: of `gradient_matching`.
-
-    Returns:
-      The attack.
-    """
-    settings: dict[str, Any] = {
-        "objective": objectives.matched(defense),
-        "optimizer": optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps)),
-        "constraint": priors.project_to_box,
-        "initializer": normal(),
-        **settings,
-    }
-    return gradient_matching(
-        model, prior=prior, num_steps=num_steps, restarts=restarts, labels=labels, **settings
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import invjax
 from invjax import priors
-from invjax.attacks import objectives
+from invjax.attacks import likelihoods, objectives
 from invjax.attacks.matching.priors import Context, project_to_box
 from invjax.base import Facts, Observation
 
@@ -29,8 +29,8 @@ def test_distances():
         objectives.l1(): abs(a - b).sum(),
         objectives.squared_l2_and_l1(0.5): ((a - b) ** 2).sum() + 0.5 * abs(a - b).sum(),
         objectives.cosine(): cosine,
-        objectives.gaussian_likelihood(0.5): ((a - b) ** 2).sum() / 0.5,
-        objectives.laplace_likelihood(0.5): abs(a - b).sum() / 0.5,
+        likelihoods.gaussian(0.5): ((a - b) ** 2).sum() / 0.5,
+        likelihoods.laplace(0.5): abs(a - b).sum() / 0.5,
     }
     for objective, value in expected.items():
         np.testing.assert_allclose(objective.value(A, OBSERVED), value, rtol=1e-6)
@@ -51,7 +51,7 @@ def test_layer_weights():
 
 def test_matched_likelihood_of_gaussian_noise_is_squared_l2():
     matched = objectives.matched(invjax.defenses.gaussian_noise(0.3))
-    plain = objectives.gaussian_likelihood(0.3)
+    plain = likelihoods.gaussian(0.3)
     slopes = [jax.grad(lambda a, o=o: o.value(a, OBSERVED))(A) for o in (matched, plain)]
     np.testing.assert_allclose(flat(slopes[0]), flat(slopes[1]), rtol=1e-5)
     assert matched.stage == "aggregate"
@@ -60,7 +60,7 @@ def test_matched_likelihood_of_gaussian_noise_is_squared_l2():
 
 def test_matched_likelihood_of_laplace_noise_is_l1():
     matched = objectives.matched(invjax.defenses.laplace_noise(0.3))
-    plain = objectives.laplace_likelihood(0.3)
+    plain = likelihoods.laplace(0.3)
     values = [o.value(A, OBSERVED) - o.value(B, OBSERVED) for o in (matched, plain)]
     np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
 

@@ -171,7 +171,9 @@ def check_batch(model: Model, batch: Batch) -> None:
     if _traced(batch):
         return
     classes = max(model.num_classes, 2)
-    low, high = int(np.min(labels)), int(np.max(labels))
+    # NumPy's own array, because under an enclosing trace JAX would trace even this.
+    classes_seen = np.asarray(labels)
+    low, high = int(classes_seen.min()), int(classes_seen.max())
     if low < 0 or high >= classes:
         raise ValueError(f"batch.labels must lie in [0, {classes - 1}], got [{low}, {high}].")
     if not np.isfinite(np.asarray(inputs)).all():

@@ -1,10 +1,12 @@
 """Attacks: estimators of the private batch from an observation.
 
-`matching` holds gradient matching and its presets, `labels` the recovery of labels alone. Every
-attack is an `invjax.base.Attack`: pure, `jit`- and `vmap`-able.
+`matching` holds gradient matching and its presets, `analytic` closed forms, `labels` the recovery of
+labels alone. Every attack is an `invjax.base.Attack`: pure, `jit`- and `vmap`-able.
 """
 
 from invjax.attacks import labels as labels
+from invjax.attacks.analytic import bias_trick as bias_trick
+from invjax.attacks.analytic import first_dense as first_dense
 from invjax.attacks.by_name import by_name as by_name
 from invjax.attacks.by_name import needs_labels as needs_labels
 from invjax.attacks.matching import annealed as annealed
@@ -22,8 +24,10 @@ from invjax.attacks.matching import tag as tag
 __all__ = [
     "annealed",
     "bayes",
+    "bias_trick",
     "by_name",
     "dlg",
+    "first_dense",
     "gradient_matching",
     "gradinversion",
     "idlg",

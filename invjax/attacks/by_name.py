@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from invjax import calls
+from invjax.attacks.analytic.bias_trick import bias_trick
 from invjax.attacks.matching import bayes, presets
 from invjax.base import Attack, Defense, Model
 
@@ -12,6 +13,7 @@ _KNOWN: dict[str, Callable[..., Attack]] = {
     function.__name__: function
     for function in (
         bayes,
+        bias_trick,
         presets.dlg,
         presets.gradinversion,
         presets.idlg,
@@ -43,6 +45,12 @@ def by_name(
         name: lambda *args, make=make, **kwargs: make(model, *args, **kwargs)
         for name, make in _KNOWN.items()
     }
+    bound["bias_trick"] = lambda *args, **kwargs: bias_trick(
+        # A closed form has no use for the settings of a loop.
+        model,
+        *args,
+        **{name: value for name, value in kwargs.items() if name not in settings},
+    )
     bound["bayes"] = lambda *args, **kwargs: _KNOWN["bayes"](model, defense, *args, **kwargs)
     attacks = calls.build(text, bound, "attack", **settings)
     if len(attacks) != 1:
@@ -61,5 +69,7 @@ def needs_labels(text: str, labels: str | None = None) -> bool:
       True where its `labels` setting is `known`.
     """
     ((name, _, settings),) = calls.parse(text, "attack")
-    default = inspect.signature(calls.resolve(name, _KNOWN, "attack")).parameters["labels"].default
-    return settings.get("labels", labels or default) == "known"
+    parameters = inspect.signature(calls.resolve(name, _KNOWN, "attack")).parameters
+    if "labels" not in parameters:
+        return labels == "known"
+    return settings.get("labels", labels or parameters["labels"].default) == "known"

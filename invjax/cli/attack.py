@@ -106,7 +106,6 @@ def prepare(config: AttackConfig) -> tuple[run.Experiment, pathlib.Path]:
         raise ValueError(f"--seed must be at least 0, got {config.seed}.")
     out = default_folder(config) if config.out is None else config.out
     store.check_folder(out, config.overwrite)
-    defense = defenses.parse(",".join(config.defense))
     dataset = datasets.load(config.dataset, config.data_dir)
     total = config.batch_size * config.num_victims
     if total > len(dataset):
@@ -117,6 +116,7 @@ def prepare(config: AttackConfig) -> tuple[run.Experiment, pathlib.Path]:
     model = models.by_name(config.model, dataset.num_classes)
     if dataset.inputs.ndim == 2 and not config.model.startswith("mlp"):
         raise ValueError(f"--model {config.model} needs images; {dataset.name} holds vectors: mlp.")
+    defense = defenses.parse(",".join(config.defense), model)
     key = jax.random.fold_in(jax.random.key(config.seed), 3)
     params = model.init(key, dataset.input_shape)
     if config.weights is not None:

@@ -4,6 +4,7 @@
 defence is its `law`.
 """
 
+from invjax.defenses.augmentation import ats as ats
 from invjax.defenses.base import chain as chain
 from invjax.defenses.clipping import clip_per_sample as clip_per_sample
 from invjax.defenses.clipping import global_clip as global_clip
@@ -14,24 +15,41 @@ from invjax.defenses.dp import privacy_spent as privacy_spent
 from invjax.defenses.law import Law as Law
 from invjax.defenses.masking import gradient_dropout as gradient_dropout
 from invjax.defenses.masking import random_mask as random_mask
+from invjax.defenses.mixing import instahide as instahide
+from invjax.defenses.mixing import mixup as mixup
 from invjax.defenses.noise import gaussian_noise as gaussian_noise
 from invjax.defenses.noise import laplace_noise as laplace_noise
 from invjax.defenses.parse import parse as parse
+from invjax.defenses.precode import Precode as Precode
+from invjax.defenses.precode import omit_stochastic_weights as omit_stochastic_weights
+from invjax.defenses.precode import precode as precode
 from invjax.defenses.pruning import magnitude_prune as magnitude_prune
+from invjax.defenses.soteria import drop_layer_weights as drop_layer_weights
+from invjax.defenses.soteria import read_mask as read_mask
+from invjax.defenses.soteria import soteria as soteria
 
 __all__ = [
     "Law",
+    "Precode",
+    "ats",
     "chain",
     "clip_per_sample",
     "dp_sgd",
+    "drop_layer_weights",
     "gaussian_noise",
     "global_clip",
     "gradient_dropout",
+    "instahide",
     "laplace_noise",
     "magnitude_prune",
+    "mixup",
+    "omit_stochastic_weights",
     "parse",
+    "precode",
     "privacy_spent",
     "quantize",
     "random_mask",
+    "read_mask",
     "sign_compress",
+    "soteria",
 ]

@@ -1,15 +1,28 @@
 """Defences by name, as the command line takes them."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from invjax import calls
-from invjax.base import Defense
-from invjax.defenses import clipping, compression, dp, masking, noise, pruning
+from invjax.base import Defense, Model
+from invjax.defenses import (
+    augmentation,
+    clipping,
+    compression,
+    dp,
+    masking,
+    mixing,
+    noise,
+    pruning,
+)
 from invjax.defenses.base import chain
+from invjax.defenses.soteria import soteria
 
-_KNOWN = {
+_KNOWN: dict[str, Callable[..., Defense]] = {
     function.__name__: function
     for function in (
+        augmentation.ats,
         clipping.clip_per_sample,
         clipping.global_clip,
         compression.quantize,
@@ -17,6 +30,8 @@ _KNOWN = {
         dp.dp_sgd,
         masking.gradient_dropout,
         masking.random_mask,
+        mixing.instahide,
+        mixing.mixup,
         noise.gaussian_noise,
         noise.laplace_noise,
         pruning.magnitude_prune,
@@ -24,13 +39,14 @@ _KNOWN = {
 }
 
 
-def parse(text: str | Sequence[calls.Call]) -> Defense:
+def parse(text: str | Sequence[calls.Call], model: Model | None = None) -> Defense:
     """A defence from text.
 
     Args:
       text: a comma-separated list of constructors with literal arguments, in the order in which
         they act; the beginning of a name will do: `clip(1.0),gaussian(0.01)`. `none` is no defence.
         Calls that `calls.parse` has read will do too.
+      model: the model, which `soteria` needs, and which tells `mixup` and `instahide` the classes.
 
     Returns:
       The defence, composed by `chain`.
@@ -41,4 +57,9 @@ def parse(text: str | Sequence[calls.Call]) -> Defense:
     parsed = calls.parse(text, "defense") if isinstance(text, str) else text
     if parsed == [("none", (), {})]:
         return chain()
-    return chain(*calls.build(parsed, _KNOWN, "defense"))
+    known: dict[str, Callable[..., Any]] = dict(_KNOWN)
+    if model is not None:
+        known["soteria"] = functools.partial(soteria, model)
+        for mix in (mixing.mixup, mixing.instahide):
+            known[mix.__name__] = functools.partial(mix, num_classes=max(model.num_classes, 2))
+    return chain(*calls.build(parsed, known, "defense"))

@@ -64,7 +64,8 @@ def setting(sweep: Sweep, cell: Cell) -> Setting:
     of_defense, of_attack = calls.numbers(defense_calls), calls.numbers(attack_calls)
 
     def defense(numbers) -> Defense:
-        return defenses.parse(calls.with_numbers(defense_calls, numbers[: len(of_defense)]))
+        made = calls.with_numbers(defense_calls, numbers[: len(of_defense)])
+        return defenses.parse(made, model)
 
     def attack(numbers) -> Attack:
         attack_numbers = numbers[len(of_defense) :]

@@ -10,7 +10,8 @@ LIMIT = 16
 """Samples shown at most."""
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as the content of a PNG file."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
@@ -51,7 +52,7 @@ def comparison(
             if column == 0:
                 axis.set_ylabel("truth" if row % 2 == 0 else "reconstructed", fontsize=9)
         axes[2 * block + 1, column].set_xlabel(captions[index], fontsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 def _draw(axis, sample: np.ndarray, value_range: tuple[float, float]) -> None:
@@ -87,4 +88,4 @@ def objective_curves(trace: np.ndarray) -> bytes:
     axis.grid(alpha=0.25)
     if 0 < len(trace) <= 10:
         axis.legend(fontsize=7, ncols=2)
-    return _png(figure)
+    return png(figure)

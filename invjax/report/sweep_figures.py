@@ -183,7 +183,7 @@ def curves(
     axis.grid(alpha=0.25)
     if handles:
         figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=2)
-    return figures._png(figure)
+    return figures.png(figure)
 
 
 def _ticks(axis, where: np.ndarray, values: Sequence[Any], numbers: np.ndarray | None) -> None:

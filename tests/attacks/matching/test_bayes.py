@@ -296,3 +296,43 @@ def test_errors(settings, message):
 def test_risk_needs_victims():
     with pytest.raises(ValueError, match="num_samples"):
         attacks.risk(closed_form(lambda g: g[:D]), draw, jax.random.key(0), 1.0, 0)
+
+
+class TestTheWrongNorm:
+    """With many more equations than unknowns, L1 under Gaussian noise loses a factor of pi / 2 in the
+    squared error, squared L2 under Laplace noise a factor of 2 (asymptotic relative efficiencies).
+    """
+
+    EQUATIONS, VICTIMS = 4000, 100
+
+    def loss_in_decibels(self, noise):
+        matrix = RNG.normal(size=(self.EQUATIONS, D)).astype(np.float32)
+        truth = RNG.normal(size=(self.VICTIMS, 1, D)).astype(np.float32)
+        noisy = truth[:, 0] @ matrix.T + noise.astype(np.float32)
+        squared = np.linalg.lstsq(matrix, noisy.T, rcond=None)[0].T
+        model = linear_model(matrix)
+
+        def one(key, gradient, start):
+            seen = observed(gradient)._replace(params=jnp.zeros(self.EQUATIONS))
+            attack = attacks.gradient_matching(
+                model,
+                objective=attacks.objectives.l1(),
+                optimizer=optax.adam(optax.cosine_decay_schedule(0.01, 300)),
+                num_steps=300,
+                initializer=lambda key, shape, observation: start,
+            )
+            return attack(key, seen).inputs
+
+        keys = jax.random.split(jax.random.key(0), self.VICTIMS)
+        # From the least squares, which are near.
+        absolute = jax.jit(jax.vmap(one))(keys, noisy, squared[:, None])
+        errors = [np.mean((found - truth[:, 0]) ** 2) for found in (absolute[:, 0], squared)]
+        return 10 * np.log10(errors[0] / errors[1])
+
+    def test_l1_under_gaussian_noise(self):
+        noise = RNG.normal(size=(self.VICTIMS, self.EQUATIONS))
+        assert abs(self.loss_in_decibels(noise) - 10 * np.log10(np.pi / 2)) < 0.35
+
+    def test_squared_l2_under_laplace_noise(self):
+        noise = RNG.laplace(size=(self.VICTIMS, self.EQUATIONS))
+        assert abs(-self.loss_in_decibels(noise) - 10 * np.log10(2)) < 0.35

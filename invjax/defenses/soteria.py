@@ -1,0 +1,223 @@
+"""Soteria: zero what one dense layer's weight gradient says of chosen input features."""
+
+import jax
+import jax.numpy as jnp
+
+from invjax.base import Array, Batch, Defense, Layer, Model, Params, PyTree
+from invjax.conv import im2col_conv
+from invjax.defenses.base import Elementary, from_stages, nothing
+from invjax.defenses.checks import check, describe, equals
+from invjax.defenses.law import Law, inform
+from invjax.models.chain import Spec, activations, reshape_or_pool
+
+
+def soteria(
+    model: Model,
+    rate: float = 0.8,
+    *,
+    layer: int = -1,
+    epsilon: float = 0.1,
+    known: bool = False,
+) -> Defense:
+    """Zero the rows of a dense layer's weight gradient that belong to its telling features.
+
+    Sun et al. 2021 (Soteria), as their code has it. With `r` the input features of the layer,
+    `s_f = sum over the batch of |d r_f / d x|_2 / (r_f + epsilon)`; the rows of the features with
+    `|s_f|` under the `rate` quantile of `s` are zeroed. Biases and other layers stay as they are.
+    The mask is computed by `prepare`, of the batch and the parameters that it is given (in a
+    federated round those of its beginning); without that call nothing is zeroed.
+
+    The mask can be read off the zero rows. Where later stages hide them and it is not published, the
+    law leaves that weight out, which is the break of Balunovic et al. 2022 (`drop_layer_weights`).
+    What the mask itself says of the inputs is in no likelihood.
+
+    Args:
+      model: the client's model; it needs a layer view.
+      rate: share of the features that is zeroed, in [0, 1].
+      layer: which dense layer, counted from 0, or from -1 backwards; the last one by default.
+      epsilon: added to the features, in their units.
+      known: whether the mask, `[in]` booleans, is published.
+
+    Returns:
+      The defence.
+
+    Raises:
+      ValueError: a strength out of range, a model without a layer view; at the first use, a layer
+        that the model does not have; and, when its law is asked for, a known mask that the
+        observation does not hold.
+      TypeError: `layer` is no integer.
+    """
+    check("rate", rate, 0.0, 1.0)
+    check("epsilon", epsilon, 0.0)
+    if not isinstance(layer, int):
+        raise TypeError(f"layer must be an integer, got {layer!r}.")
+    if model.layers is None:
+        raise ValueError(f"Soteria needs a layer view, which the model {model.name} has not.")
+    name = describe("soteria", rate, layer=layer, epsilon=epsilon, known=known)
+    if equals(rate, 0):
+        return from_stages(nothing(name, "aggregate"))
+
+    def init(key, params):
+        del key
+        return jnp.ones(_weight(model, params, layer).shape[0], bool)
+
+    def prepare(batch: Batch, state, params: Params):
+        del state
+        score = sensitivity(model, params, batch.inputs, layer, epsilon)
+        return batch, ~(jnp.abs(score) < jnp.quantile(score, rate))
+
+    def update(gradient, state, count):
+        del count
+        mask = _mask_rows(model, gradient, layer, state)
+        zeroed = jax.tree.map(lambda leaf, kept: jnp.where(kept, leaf, 0.0), gradient, mask)
+        return zeroed, state
+
+    def propagate(law: Law, observed, public) -> Law:
+        if known and public is None:
+            raise ValueError(
+                f"{name}: the likelihood needs the mask; pass public=defense.public(state), which "
+                "invjax.observe puts into observation.public."
+            )
+        if known:
+            kept = public
+        elif observed is not None:
+            kept = read_mask(model, observed, layer)
+        else:
+            kept = jnp.zeros(_weight(model, law.location, layer).shape[0], bool)
+        return inform(law, _mask_rows(model, law.location, layer, kept))
+
+    stage = Elementary(
+        name, "aggregate", init, update, propagate, prepare=prepare, keeps_zeros=True
+    )
+    return from_stages(stage._replace(public=lambda state: state) if known else stage)
+
+
+def sensitivity(
+    model: Model, params: Params, inputs: Array, layer: int = -1, epsilon: float = 0.1
+) -> Array:
+    """How strongly every input feature of a dense layer depends on the input (Sun et al. 2021).
+
+    Args:
+      model: a model with a layer view.
+      params: its parameters.
+      inputs: `[B, ...]`.
+      layer: which dense layer, counted from 0, or from -1 backwards.
+      epsilon: added to the features.
+
+    Returns:
+      `[in]`, the sum over the batch of `|d r_f / d x|_2 / (r_f + epsilon)`.
+
+    Raises:
+      ValueError: no such layer, or one whose input is not one vector a sample.
+    """
+    layers = _layers(model, params)
+    before = layers[: _position(model, layers, layer)]
+
+    def features(sample: Array) -> Array:
+        values = sample[None]
+        for part in before:
+            values = _apply(part, values)
+        return values[0]
+
+    shape = jax.eval_shape(features, inputs[0]).shape
+    if len(shape) != 1:
+        raise ValueError(f"Dense layer {layer} must have a vector a sample as input, got {shape}.")
+
+    def one(sample: Array) -> Array:
+        values, pull = jax.vjp(features, sample)
+        (jacobian,) = jax.vmap(pull)(jnp.eye(values.size, dtype=values.dtype))
+        norms = jnp.linalg.norm(jacobian.reshape(values.size, -1), axis=1)
+        return norms / (values + epsilon)
+
+    # One sample after another: its Jacobian alone may be large.
+    return jax.lax.map(one, inputs).sum(axis=0)
+
+
+def read_mask(model: Model, gradient: PyTree, layer: int = -1) -> Array:
+    """The mask, as an adversary reads it off a gradient that nothing was added to since.
+
+    A feature that is zero on the whole batch has a zero row whether it was masked or not.
+
+    Args:
+      model: the client's model.
+      gradient: the defended gradient.
+      layer: the defended dense layer, counted from 0, or from -1 backwards.
+
+    Returns:
+      `[in]` booleans, false where the row is zero.
+
+    Raises:
+      ValueError: no layer view, or no such layer.
+    """
+    return (_weight(model, gradient, layer) != 0).any(axis=1)
+
+
+def drop_layer_weights(model: Model, params: Params, layer: int = -1) -> PyTree:
+    """Weights of an objective that leave one dense layer's weight out (Balunovic et al. 2022).
+
+    Args:
+      model: the client's model.
+      params: its parameters, or a gradient.
+      layer: the defended dense layer, counted from 0, or from -1 backwards.
+
+    Returns:
+      A tree like the parameters of scalars: 0 at that weight (its bias stays in), 1 elsewhere.
+
+    Raises:
+      ValueError: no layer view, or no such layer.
+    """
+    none = jnp.zeros(_weight(model, params, layer).shape[0], bool)
+    mask = _mask_rows(model, params, layer, none)
+    return jax.tree.map(lambda kept: kept.all().astype(jnp.float32), mask)
+
+
+def _layers(model: Model, tree: PyTree) -> tuple[Layer, ...]:
+    if model.layers is None:
+        raise ValueError(f"The model {model.name} has no layer view.")
+    return model.layers(tree)
+
+
+def _position(model: Model, layers: tuple[Layer, ...], layer: int) -> int:
+    """Where in the chain a dense layer stands."""
+    dense = [index for index, part in enumerate(layers) if part.kind == "dense"]
+    if not -len(dense) <= layer < len(dense):
+        raise ValueError(
+            f"layer must lie in [{-len(dense)}, {len(dense) - 1}], the dense layers of "
+            f"{model.name}, got {layer}."
+        )
+    return dense[layer]
+
+
+def _weight(model: Model, tree: PyTree, layer: int) -> Array:
+    layers = _layers(model, tree)
+    weight = layers[_position(model, layers, layer)].weight
+    assert weight is not None
+    return weight
+
+
+def _mask_rows(model: Model, tree: PyTree, layer: int, kept: Array) -> PyTree:
+    """Booleans like the tree: false in the rows of a layer's weight whose feature is not kept."""
+    # The transpose of the layer view puts a weight where it belongs in the tree.
+    weight, embed = jax.vjp(lambda tree: _weight(model, tree, layer), tree)
+    zeroed = jnp.broadcast_to(~kept[:, None], weight.shape).astype(weight.dtype)
+    return jax.tree.map(lambda leaf: leaf == 0, embed(zeroed)[0])
+
+
+def _apply(layer: Layer, values: Array) -> Array:
+    """A layer of a chain on a batch."""
+    if layer.weight is None:
+        window = 1 if layer.window is None else layer.window[0]
+        values = reshape_or_pool(Spec(layer.kind, window=window), values)
+    elif layer.kind == "dense":
+        values = values @ layer.weight
+    else:
+        values = im2col_conv(
+            values,
+            layer.weight,
+            layer.strides,
+            layer.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+    if layer.bias is not None:
+        values = values + layer.bias.reshape((1,) * (values.ndim - 1) + (-1,))
+    return activations[layer.activation](values)

@@ -10,6 +10,8 @@ from invjax import driver as driver
 from invjax import gradients as gradients
 from invjax import metrics as metrics
 from invjax import models as models
+from invjax import theory as theory
+from invjax.attacks.matching import learned_priors as learned_priors
 from invjax.attacks.matching import priors as priors
 from invjax.base import Attack as Attack
 from invjax.base import Batch as Batch
@@ -42,9 +44,11 @@ __all__ = [
     "defenses",
     "driver",
     "gradients",
+    "learned_priors",
     "metrics",
     "models",
     "observe",
     "priors",
     "sweep",
+    "theory",
 ]

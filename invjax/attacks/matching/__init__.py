@@ -1,5 +1,6 @@
 """Gradient matching: one loop, its data terms, priors, and the published attacks as presets."""
 
+from invjax.attacks.matching import learned_priors as learned_priors
 from invjax.attacks.matching import likelihoods as likelihoods
 from invjax.attacks.matching import objectives as objectives
 from invjax.attacks.matching import priors as priors
@@ -21,6 +22,7 @@ __all__ = [
     "gradinversion",
     "idlg",
     "inverting_gradients",
+    "learned_priors",
     "likelihoods",
     "objectives",
     "priors",

@@ -19,6 +19,7 @@ from invjax.attacks.matching import inverting_gradients as inverting_gradients
 from invjax.attacks.matching import likelihoods as likelihoods
 from invjax.attacks.matching import objectives as objectives
 from invjax.attacks.matching import risk as risk
+from invjax.attacks.matching import tableak as tableak
 from invjax.attacks.matching import tag as tag
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "needs_labels",
     "objectives",
     "risk",
+    "tableak",
     "tag",
 ]

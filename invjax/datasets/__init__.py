@@ -3,6 +3,7 @@
 Every reader returns one `Dataset`; `load` finds a reader by name, `draw` picks victims.
 """
 
+from invjax.datasets import tabular as tabular
 from invjax.datasets.arrays import npz as npz
 from invjax.datasets.cifar import cifar10_binary as cifar10_binary
 from invjax.datasets.cifar import cifar10_python as cifar10_python
@@ -34,5 +35,6 @@ __all__ = [
     "load",
     "normalized",
     "npz",
+    "tabular",
     "take",
 ]

@@ -13,6 +13,7 @@ from invjax.attacks.matching.presets import gradinversion as gradinversion
 from invjax.attacks.matching.presets import idlg as idlg
 from invjax.attacks.matching.presets import inverting_gradients as inverting_gradients
 from invjax.attacks.matching.presets import tag as tag
+from invjax.attacks.matching.tabular import tableak as tableak
 
 __all__ = [
     "annealed",
@@ -27,5 +28,6 @@ __all__ = [
     "objectives",
     "priors",
     "risk",
+    "tableak",
     "tag",
 ]

@@ -4,6 +4,7 @@
 labels alone. Every attack is an `invjax.base.Attack`: pure, `jit`- and `vmap`-able.
 """
 
+from invjax.attacks import label_counts as label_counts
 from invjax.attacks import labels as labels
 from invjax.attacks.analytic import bias_trick as bias_trick
 from invjax.attacks.analytic import first_dense as first_dense
@@ -12,6 +13,7 @@ from invjax.attacks.by_name import needs_labels as needs_labels
 from invjax.attacks.matching import annealed as annealed
 from invjax.attacks.matching import bayes as bayes
 from invjax.attacks.matching import dlg as dlg
+from invjax.attacks.matching import federated as federated
 from invjax.attacks.matching import gradient_matching as gradient_matching
 from invjax.attacks.matching import gradinversion as gradinversion
 from invjax.attacks.matching import idlg as idlg
@@ -28,11 +30,13 @@ __all__ = [
     "bias_trick",
     "by_name",
     "dlg",
+    "federated",
     "first_dense",
     "gradient_matching",
     "gradinversion",
     "idlg",
     "inverting_gradients",
+    "label_counts",
     "labels",
     "likelihoods",
     "needs_labels",

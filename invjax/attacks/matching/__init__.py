@@ -1,5 +1,6 @@
 """Gradient matching: one loop, its data terms, priors, and the published attacks as presets."""
 
+from invjax.attacks.matching import federated as federated
 from invjax.attacks.matching import learned_priors as learned_priors
 from invjax.attacks.matching import likelihoods as likelihoods
 from invjax.attacks.matching import objectives as objectives
@@ -19,6 +20,7 @@ __all__ = [
     "annealed",
     "bayes",
     "dlg",
+    "federated",
     "gradient_matching",
     "gradinversion",
     "idlg",

@@ -26,7 +26,7 @@ ROOTS = RNG.normal(size=(CLASSES, SIZE, SIZE))
 COVARIANCES = ROOTS @ ROOTS.transpose(0, 2, 1) + 0.1 * np.eye(SIZE)
 MEANS = 2 * RNG.normal(size=(CLASSES, SIZE))
 PROPORTIONS = np.array([0.2, 0.5, 0.3])
-SAMPLES = RNG.normal(size=(60, *SHAPE)) @ RNG.normal(size=(1, 1)) + RNG.normal(size=SHAPE)
+SAMPLES = RNG.normal(size=(60, *SHAPE)) + RNG.normal(size=SHAPE)
 LABELS = np.arange(60) % CLASSES
 INPUTS = RNG.normal(size=(3, *SHAPE))
 SOFT = RNG.dirichlet(np.ones(CLASSES), size=3)
@@ -45,17 +45,13 @@ def small_vae():
     )
 
 
-# Every factory at a weight.
+# Every density at a weight; the other fits return these, and are compared with SciPy below.
 ROWS = {
     "fit_gaussian": lambda weight: learned.fit_gaussian(SAMPLES, weight),
     "gaussian_mixture": lambda weight: learned.gaussian_mixture(
         PROPORTIONS, MEANS, COVARIANCES, weight
     ),
-    "fit_gaussian_mixture": lambda weight: learned.fit_gaussian_mixture(SAMPLES, 2, weight=weight),
     "class_conditional": lambda weight: learned.class_conditional(MEANS, COVARIANCES, weight),
-    "fit_class_conditional": lambda weight: learned.fit_class_conditional(
-        SAMPLES, LABELS, CLASSES, weight=weight
-    ),
     "vae": lambda weight: learned.vae(small_vae(), weight),
 }
 EVERY = pytest.mark.parametrize("name", ROWS)
@@ -269,6 +265,16 @@ def test_the_mode_is_at_the_mean(weight):
         others = mode[None] + RNG.normal(size=(20, *mode.shape)).astype(np.float32)
         around = jax.vmap(prior, in_axes=(0, None))(others, where)
         assert (around > prior(mode, where)).all()
+
+
+def test_the_weight_of_a_fit_is_a_factor():
+    inputs = jnp.asarray(INPUTS, jnp.float32)
+    for fit in (
+        functools.partial(learned.fit_gaussian_mixture, SAMPLES, 2),
+        functools.partial(learned.fit_class_conditional, SAMPLES, LABELS, CLASSES),
+    ):
+        one, three = (fit(**weight)(inputs, KNOWN) for weight in ({}, {"weight": 3.0}))
+        np.testing.assert_allclose(three, 3 * one, rtol=1e-5)
 
 
 def test_a_fit_moves_with_its_data():

@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from invjax.base import Array, Batch, Defense, Layer, Model, Params, PyTree
-from invjax.conv import im2col_conv
 from invjax.defenses.base import Elementary, from_stages, nothing
 from invjax.defenses.checks import check, describe, equals
 from invjax.defenses.law import Law, inform
-from invjax.models.chain import Spec, activations, reshape_or_pool
+from invjax.models.layers import apply_layers, layers_of
 
 
 def soteria(
@@ -110,14 +109,11 @@ def sensitivity(
     Raises:
       ValueError: no such layer, or one whose input is not one vector a sample.
     """
-    layers = _layers(model, params)
+    layers = layers_of(model, params)
     before = layers[: _position(model, layers, layer)]
 
     def features(sample: Array) -> Array:
-        values = sample[None]
-        for part in before:
-            values = _apply(part, values)
-        return values[0]
+        return apply_layers(before, sample[None])[0]
 
     shape = jax.eval_shape(features, inputs[0]).shape
     if len(shape) != 1:
@@ -171,12 +167,6 @@ def drop_layer_weights(model: Model, params: Params, layer: int = -1) -> PyTree:
     return jax.tree.map(lambda kept: kept.all().astype(jnp.float32), mask)
 
 
-def _layers(model: Model, tree: PyTree) -> tuple[Layer, ...]:
-    if model.layers is None:
-        raise ValueError(f"The model {model.name} has no layer view.")
-    return model.layers(tree)
-
-
 def _position(model: Model, layers: tuple[Layer, ...], layer: int) -> int:
     """Where in the chain a dense layer stands."""
     dense = [index for index, part in enumerate(layers) if part.kind == "dense"]
@@ -189,7 +179,7 @@ def _position(model: Model, layers: tuple[Layer, ...], layer: int) -> int:
 
 
 def _weight(model: Model, tree: PyTree, layer: int) -> Array:
-    layers = _layers(model, tree)
+    layers = layers_of(model, tree)
     weight = layers[_position(model, layers, layer)].weight
     assert weight is not None
     return weight
@@ -201,23 +191,3 @@ def _mask_rows(model: Model, tree: PyTree, layer: int, kept: Array) -> PyTree:
     weight, embed = jax.vjp(lambda tree: _weight(model, tree, layer), tree)
     zeroed = jnp.broadcast_to(~kept[:, None], weight.shape).astype(weight.dtype)
     return jax.tree.map(lambda leaf: leaf == 0, embed(zeroed)[0])
-
-
-def _apply(layer: Layer, values: Array) -> Array:
-    """A layer of a chain on a batch."""
-    if layer.weight is None:
-        window = 1 if layer.window is None else layer.window[0]
-        values = reshape_or_pool(Spec(layer.kind, window=window), values)
-    elif layer.kind == "dense":
-        values = values @ layer.weight
-    else:
-        values = im2col_conv(
-            values,
-            layer.weight,
-            layer.strides,
-            layer.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-    if layer.bias is not None:
-        values = values + layer.bias.reshape((1,) * (values.ndim - 1) + (-1,))
-    return activations[layer.activation](values)

@@ -116,8 +116,15 @@ def main() -> None:
                 for variation in VARIATIONS
             }
             best = max(tried, key=lambda setting: tried[setting])
-            keys = jax.random.split(jax.random.key(2), options.images)
-            psnr = np.asarray(run(*best, keys, *reported))
+            everything = jax.random.split(jax.random.key(2), options.images), *reported
+            # As many at once as in tuning, for one compilation.
+            chunks = [
+                jax.tree.map(
+                    lambda leaf, first=first: leaf[first:][: options.tuning_images], everything
+                )
+                for first in range(0, options.images, options.tuning_images)
+            ]
+            psnr = np.concatenate([run(*best, *chunk) for chunk in chunks])
             row[name] = round(float(psnr.mean()), 2)
             row[f"{name} ±"] = round(float(psnr.std() / np.sqrt(len(psnr))), 2)
             row[f"{name} published"] = PUBLISHED.get(title, {}).get(name)

@@ -13,7 +13,7 @@ from jax import lax
 from invjax.base import Array, Layer, Model, PyTree
 from invjax.models.modules import check_image_shape, zoo_model
 
-Init = Literal["torch", "he", "wide"]
+Init = Literal["torch", "he", "lecun", "wide"]
 
 activations: dict[str, Callable[[Array], Array]] = {
     "identity": lambda x: x,
@@ -58,8 +58,9 @@ def initializers(init: Init, fan_in: int) -> dict[str, Any]:
     """Kernel and bias initializers of a layer.
 
     Args:
-      init: `torch` (uniform, one over the root of the fan-in), `he` (normal, zero bias) or `wide`
-        (uniform between -0.5 and 0.5, weights and biases: the DLG work's).
+      init: `torch` (uniform, one over the root of the fan-in), `he` or `lecun` (normal, variance two
+        or one over the fan-in, zero bias; the latter is flax's own), or `wide` (uniform between -0.5
+        and 0.5, weights and biases: the DLG work's).
       fan_in: inputs of one unit.
 
     Returns:
@@ -76,6 +77,8 @@ def initializers(init: Init, fan_in: int) -> dict[str, Any]:
 
     if init == "he":
         return {"kernel_init": nnx.initializers.he_normal()}
+    if init == "lecun":
+        return {"kernel_init": nnx.initializers.lecun_normal()}
     return uniform(0.5 if init == "wide" else fan_in**-0.5)
 
 

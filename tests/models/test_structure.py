@@ -77,9 +77,10 @@ def test_torch_initialisation_has_the_bound_of_the_fan_in(key):
     assert 0.2 < float(jnp.abs(dense["bias"]).max()) <= 0.25
 
 
-def test_he_initialisation_is_normal_with_zero_biases(key):
-    dense = models.mlp((400,), 10, init="he").init(key, (10, 10, 1))["layer01"]
-    assert float(dense["kernel"].var()) == pytest.approx(2 / 100, rel=0.05)
+@pytest.mark.parametrize(("init", "variance"), [("he", 2 / 100), ("lecun", 1 / 100)])
+def test_normal_initialisation_with_zero_biases(init, variance, key):
+    dense = models.mlp((400,), 10, init=init).init(key, (10, 10, 1))["layer01"]
+    assert float(dense["kernel"].var()) == pytest.approx(variance, rel=0.05)
     assert not dense["bias"].any()
 
 
@@ -100,7 +101,7 @@ def test_parameters_depend_on_the_key_and_on_nothing_else(key):
     ("make", "message"),
     [
         (lambda: models.mlp((4,), activation="rellu"), "activation must be one of .*'rellu'"),
-        (lambda: models.lenet(init="default"), "init must be one of torch, he, wide"),
+        (lambda: models.lenet(init="default"), "init must be one of torch, he, lecun, wide"),
         (lambda: models.convnet(norm="layer"), "norm must be one of none, batch, group"),
         (lambda: models.resnet18(norm="none"), "norm must be one of group, batch"),
     ],

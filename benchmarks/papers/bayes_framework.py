@@ -47,7 +47,7 @@ GRIDS = {
     "bayes": [1.0],
     "bayes, annealed": [1.0],
 }
-VARIATIONS = [0.03, 0.1, 0.3]
+VARIATIONS = [0.1, 0.3, 1.0]
 # Flax's initialisation, as the authors' code has it: the signal, and so the figures, hang on it.
 MODELS = {
     "mnist": lambda: models.cnn(init="lecun"),

@@ -8,6 +8,7 @@ from invjax.attacks import label_counts as label_counts
 from invjax.attacks import labels as labels
 from invjax.attacks.analytic import bias_trick as bias_trick
 from invjax.attacks.analytic import first_dense as first_dense
+from invjax.attacks.analytic import row_scan as row_scan
 from invjax.attacks.by_name import by_name as by_name
 from invjax.attacks.by_name import needs_labels as needs_labels
 from invjax.attacks.matching import annealed as annealed
@@ -42,6 +43,7 @@ __all__ = [
     "needs_labels",
     "objectives",
     "risk",
+    "row_scan",
     "tableak",
     "tag",
 ]

@@ -4,6 +4,7 @@
 defence is its `law`.
 """
 
+from invjax.defenses.activation_pruning import activation_count_pruning as activation_count_pruning
 from invjax.defenses.augmentation import ats as ats
 from invjax.defenses.base import chain as chain
 from invjax.defenses.clipping import clip_per_sample as clip_per_sample
@@ -12,6 +13,12 @@ from invjax.defenses.compression import quantize as quantize
 from invjax.defenses.compression import sign_compress as sign_compress
 from invjax.defenses.dp import dp_sgd as dp_sgd
 from invjax.defenses.dp import privacy_spent as privacy_spent
+from invjax.defenses.exclusivity import exclusivity_dropout as exclusivity_dropout
+from invjax.defenses.exclusivity import mask_exclusive_rows as mask_exclusive_rows
+from invjax.defenses.exclusivity_inputs import make_exclusive as make_exclusive
+from invjax.defenses.exclusivity_inputs import reduce_exclusivity as reduce_exclusivity
+from invjax.defenses.exclusivity_inputs import remove_exclusive as remove_exclusive
+from invjax.defenses.exclusivity_inputs import remove_exclusive_lp as remove_exclusive_lp
 from invjax.defenses.law import Law as Law
 from invjax.defenses.masking import gradient_dropout as gradient_dropout
 from invjax.defenses.masking import random_mask as random_mask
@@ -31,17 +38,21 @@ from invjax.defenses.soteria import soteria as soteria
 __all__ = [
     "Law",
     "Precode",
+    "activation_count_pruning",
     "ats",
     "chain",
     "clip_per_sample",
     "dp_sgd",
     "drop_layer_weights",
+    "exclusivity_dropout",
     "gaussian_noise",
     "global_clip",
     "gradient_dropout",
     "instahide",
     "laplace_noise",
     "magnitude_prune",
+    "make_exclusive",
+    "mask_exclusive_rows",
     "mixup",
     "omit_stochastic_weights",
     "parse",
@@ -50,6 +61,9 @@ __all__ = [
     "quantize",
     "random_mask",
     "read_mask",
+    "reduce_exclusivity",
+    "remove_exclusive",
+    "remove_exclusive_lp",
     "sign_compress",
     "soteria",
 ]

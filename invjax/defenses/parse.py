@@ -16,7 +16,10 @@ from invjax.defenses import (
     noise,
     pruning,
 )
+from invjax.defenses.activation_pruning import activation_count_pruning
 from invjax.defenses.base import chain
+from invjax.defenses.exclusivity import mask_exclusive_rows
+from invjax.defenses.exclusivity_inputs import reduce_exclusivity
 from invjax.defenses.soteria import soteria
 
 _KNOWN: dict[str, Callable[..., Defense]] = {
@@ -38,6 +41,8 @@ _KNOWN: dict[str, Callable[..., Defense]] = {
     )
 }
 
+_OF_A_MODEL = (activation_count_pruning, mask_exclusive_rows, reduce_exclusivity, soteria)
+
 
 def parse(text: str | Sequence[calls.Call], model: Model | None = None) -> Defense:
     """A defence from text.
@@ -46,7 +51,8 @@ def parse(text: str | Sequence[calls.Call], model: Model | None = None) -> Defen
       text: a comma-separated list of constructors with literal arguments, in the order in which
         they act; the beginning of a name will do: `clip(1.0),gaussian(0.01)`. `none` is no defence.
         Calls that `calls.parse` has read will do too.
-      model: the model, which `soteria` needs, and which tells `mixup` and `instahide` the classes.
+      model: the model, which `soteria` and the reductions of exclusivity need, and which tells `mixup`
+        and `instahide` the classes.
 
     Returns:
       The defence, composed by `chain`.
@@ -59,7 +65,8 @@ def parse(text: str | Sequence[calls.Call], model: Model | None = None) -> Defen
         return chain()
     known: dict[str, Callable[..., Any]] = dict(_KNOWN)
     if model is not None:
-        known["soteria"] = functools.partial(soteria, model)
+        for make in _OF_A_MODEL:
+            known[make.__name__] = functools.partial(make, model)
         for mix in (mixing.mixup, mixing.instahide):
             known[mix.__name__] = functools.partial(mix, num_classes=max(model.num_classes, 2))
     return chain(*calls.build(parsed, known, "defense"))

@@ -1,10 +1,18 @@
 """Theory: bounds and predictions of what any attack, or a whole family of them, can reach.
 
 `influence` holds the inversion influence function: how far a perturbed gradient moves its own
-inversion, a lower bound on it, and its mean under Gaussian noise (the Cramér-Rao bound). Pure
-functions of a model, its parameters and a batch: they read the truth, as no attack may.
+inversion, a lower bound on it, and its mean under Gaussian noise (the Cramér-Rao bound).
+`exclusivity` holds the security boundary of ReLU networks: which neurons fire on one sample alone, and
+which batches have twins of the very same gradient. Pure functions of a model, its parameters and a
+batch: they read the truth, as no attack may.
 """
 
+from invjax.theory.exclusivity import exclusivity_probability as exclusivity_probability
+from invjax.theory.exclusivity import exclusivity_state as exclusivity_state
+from invjax.theory.exclusivity import frozen_kernel as frozen_kernel
+from invjax.theory.exclusivity import is_sufficient as is_sufficient
+from invjax.theory.exclusivity import secure_boundary as secure_boundary
+from invjax.theory.exclusivity import twin_batch as twin_batch
 from invjax.theory.influence import ExpectedError as ExpectedError
 from invjax.theory.influence import Influence as Influence
 from invjax.theory.influence import expected_psnr as expected_psnr
@@ -16,9 +24,15 @@ from invjax.theory.influence import lower_bound as lower_bound
 __all__ = [
     "ExpectedError",
     "Influence",
+    "exclusivity_probability",
+    "exclusivity_state",
     "expected_psnr",
     "expected_squared_error",
+    "frozen_kernel",
     "influence",
+    "is_sufficient",
     "largest_eigenvalue",
     "lower_bound",
+    "secure_boundary",
+    "twin_batch",
 ]

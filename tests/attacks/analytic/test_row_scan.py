@@ -130,6 +130,28 @@ def test_a_changed_gradient_gives_nothing_rather_than_something_wrong(defense):
     assert not found.found.any()
 
 
+def test_a_reduction_of_exclusivity_stops_it_only_when_it_is_complete():
+    """With no exclusive unit left nothing is certified; with a twentieth undone all comes back."""
+    with jax.enable_x64(True):
+        model, batches, seen, keys = observed((512,), 10, 16)
+        params = jax.tree.map(lambda leaf: leaf[0], seen.params)
+        batch = jax.tree.map(lambda leaf: leaf[0], batches)
+        after = invjax.defenses.remove_exclusive(model, params, batch.inputs)
+        assert after.remaining == 0
+        attack = jax.jit(row_scan(model))
+        for share, count in ((1.0, 0), (0.95, 16)):
+            inputs = share * after.inputs + (1 - share) * batch.inputs
+            sent = batch._replace(inputs=inputs)
+            found = attack(keys[0], invjax.observe(keys[0], model, params, sent))
+            assert found.found.sum() == count
+        assert largest_error(jax.tree.map(lambda leaf: leaf[None], sent), found_of(found)) < 1e-20
+
+
+def found_of(found):
+    """One result as a batch of one victim."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], found)
+
+
 def test_the_same_image_twice_is_not_certified():
     """Its units carry twice the signal: half the batch size would fit, which the certificate knows."""
     with jax.enable_x64(True):

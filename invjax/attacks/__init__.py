@@ -7,8 +7,10 @@ labels alone. Every attack is an `invjax.base.Attack`: pure, `jit`- and `vmap`-a
 from invjax.attacks import label_counts as label_counts
 from invjax.attacks import labels as labels
 from invjax.attacks.analytic import bias_trick as bias_trick
+from invjax.attacks.analytic import exclusivity as exclusivity
 from invjax.attacks.analytic import first_dense as first_dense
 from invjax.attacks.analytic import row_scan as row_scan
+from invjax.attacks.analytic import through_features as through_features
 from invjax.attacks.by_name import by_name as by_name
 from invjax.attacks.by_name import needs_labels as needs_labels
 from invjax.attacks.matching import annealed as annealed
@@ -31,6 +33,7 @@ __all__ = [
     "bias_trick",
     "by_name",
     "dlg",
+    "exclusivity",
     "federated",
     "first_dense",
     "gradient_matching",
@@ -46,4 +49,5 @@ __all__ = [
     "row_scan",
     "tableak",
     "tag",
+    "through_features",
 ]

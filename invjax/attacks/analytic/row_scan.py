@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from invjax.attacks.analytic.checks import check_algebraic
+from invjax.attacks.analytic.checks import check_one_step
 from invjax.base import Array, Attack, Model, Observation, Reconstruction
 from invjax.models.layers import Layers, backpropagate, dense_layers, loss_vectors, preactivations
 from invjax.observe import check_observation, per_step_gradient
@@ -72,7 +72,9 @@ def row_scan(
 
     def check(observation: Observation) -> None:
         check_observation(model, observation)
-        check_algebraic(model, observation, "row_scan", first_bias=True)
+        check_one_step(observation, "row_scan")
+        if dense_layers(model, observation.params)[0].bias is None:
+            raise ValueError(f"row_scan needs a bias in the first layer of {model.name}.")
 
     def init(key: Array, observation: Observation) -> Reconstruction:
         del key

@@ -160,7 +160,7 @@ def candidates(
 
 
 def infer_batch_size(
-    layers: Layers, weight: Array, bias: Array, floor: Array, allowed: Array, max_samples: int
+    layers: Layers, weight: Array, bias: Array, floor: Array, allowed: float, max_samples: int
 ) -> Array:
     """The whole number that implied over observed derivatives of most units agree on, or 0."""
     _, implied, alive = candidates(layers, weight, bias, floor)
@@ -178,7 +178,7 @@ def scan_rows(
     bias: Array,
     size: Array,
     floor: Array,
-    allowed: Array,
+    allowed: float,
     scan: Scan,
 ) -> Scan:
     """Add the certified candidates of what is left of a gradient, each sample once."""

@@ -39,15 +39,15 @@ PUBLISHED = {
     "prune+gaussian": {"bayes": 18.39, "l2": 14.42, "l1": 13.95, "cosine": 13.95},
     "prune+laplace": {"bayes": 18.25, "l2": 14.01, "l1": 13.88, "cosine": 13.88},
 }
-# Weights of the data term against the total variation, an attack's own scale each.
+# Weights of the data term, an attack's own scale each, and of the total variation: nine settings each.
+COARSE, FINE = [0.1, 0.3, 1.0], [0.03, 0.06, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5]
 GRIDS = {
-    "l2": [5.0, 20.0, 80.0],
-    "l1": [1.0, 4.0, 16.0],
-    "cosine": [1e3, 1e4, 1e5],
-    "bayes": [1.0],
-    "bayes, annealed": [1.0],
+    "l2": ([5.0, 20.0, 80.0], COARSE),
+    "l1": ([1.0, 4.0, 16.0], COARSE),
+    "cosine": ([1e3, 1e4, 1e5], COARSE),
+    "bayes": ([1.0], FINE),
+    "bayes, annealed": ([1.0], FINE),
 }
-VARIATIONS = [0.1, 0.3, 1.0]
 # Flax's initialisation, as the authors' code has it: the signal, and so the figures, hang on it.
 MODELS = {
     "mnist": lambda: models.cnn(init="lecun"),
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--tuning-images", type=int, default=4)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--attacks", nargs="+", choices=GRIDS, default=list(GRIDS))
     parser.add_argument("--json")
     options = parser.parse_args()
     data = datasets.normalized(datasets.load(options.dataset, options.data_dir))
@@ -111,13 +112,14 @@ def main() -> None:
     for title, stages in DEFENSES.items():
         defense = invjax.chain(*stages)
         row = {"defense": title}
-        for name, weights in GRIDS.items():
+        for name in options.attacks:
+            weights, variations = GRIDS[name]
             run = runner(model, params, data, name, defense, options.steps)
             keys = jax.random.split(jax.random.key(1), options.tuning_images)
             tried = {
                 (weight, variation): float(run(weight, variation, keys, *tuning).mean())
                 for weight in weights
-                for variation in VARIATIONS
+                for variation in variations
             }
             best = max(tried, key=lambda setting: tried[setting])
             everything = jax.random.split(jax.random.key(2), options.images), *reported

@@ -9,7 +9,9 @@ from invjax.attacks import labels as labels
 from invjax.attacks.analytic import bias_trick as bias_trick
 from invjax.attacks.analytic import exclusivity as exclusivity
 from invjax.attacks.analytic import first_dense as first_dense
+from invjax.attacks.analytic import imprints as imprints
 from invjax.attacks.analytic import row_scan as row_scan
+from invjax.attacks.analytic import spear as spear
 from invjax.attacks.analytic import through_features as through_features
 from invjax.attacks.by_name import by_name as by_name
 from invjax.attacks.by_name import needs_labels as needs_labels
@@ -39,6 +41,7 @@ __all__ = [
     "gradient_matching",
     "gradinversion",
     "idlg",
+    "imprints",
     "inverting_gradients",
     "label_counts",
     "labels",
@@ -47,6 +50,7 @@ __all__ = [
     "objectives",
     "risk",
     "row_scan",
+    "spear",
     "tableak",
     "tag",
     "through_features",

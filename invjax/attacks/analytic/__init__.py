@@ -1,8 +1,10 @@
 """Analytic attacks: closed forms and linear algebra in place of optimisation.
 
-Every attack is an `invjax.base.Attack` of no steps, which does its work in `init`.
+Every attack is an `invjax.base.Attack`, most of no steps, which do their work in `init`; `imprints` are
+those of a malicious server.
 """
 
+from invjax.attacks.analytic import imprints as imprints
 from invjax.attacks.analytic.bias_trick import bias_trick as bias_trick
 from invjax.attacks.analytic.bias_trick import first_dense as first_dense
 from invjax.attacks.analytic.exclusivity import exclusivity as exclusivity
@@ -11,14 +13,19 @@ from invjax.attacks.analytic.features import head_observation as head_observatio
 from invjax.attacks.analytic.features import invert_features as invert_features
 from invjax.attacks.analytic.features import through_features as through_features
 from invjax.attacks.analytic.row_scan import row_scan as row_scan
+from invjax.attacks.analytic.spear import batch_size_by_rank as batch_size_by_rank
+from invjax.attacks.analytic.spear import spear as spear
 
 __all__ = [
+    "batch_size_by_rank",
     "bias_trick",
     "exclusivity",
     "first_dense",
     "head_model",
     "head_observation",
+    "imprints",
     "invert_features",
     "row_scan",
+    "spear",
     "through_features",
 ]

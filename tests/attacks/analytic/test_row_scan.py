@@ -103,15 +103,16 @@ def test_single_precision():
     assert recovered(batches, found)[1] == 0
 
 
-def test_a_batch_beyond_its_reach_is_left_unfound():
+@pytest.mark.parametrize("double", [True, False])
+def test_a_batch_beyond_its_reach_is_left_unfound(double):
     """96 samples in 512 units: the cascade stops, and says so."""
-    with jax.enable_x64(True):
-        model, batches, seen, keys = observed((512,), 10, 96, victims=3)
+    with jax.enable_x64(double):
+        model, batches, seen, keys = observed((512,), 10, 96, victims=8, double=double)
         found = scanned(model, seen, keys)
         share, wrong = recovered(batches, found)
-        assert wrong == 0 and share.max() < 0.9
-        np.testing.assert_allclose(share, found.found.mean(axis=1))
-        assert found.objective.min() > 0.1
+        assert wrong == 0 and 0 < share.mean() < 0.9
+        assert (found.found.mean(axis=1) <= share).all()
+        assert found.objective.max() > 0.1
 
 
 @pytest.mark.parametrize(

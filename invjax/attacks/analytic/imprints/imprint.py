@@ -1,0 +1,240 @@
+"""The record of an imprint, and the inversion of rows that all of them share."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from invjax.attacks.analytic.checks import check_one_step
+from invjax.base import Array, Attack, Batch, Bound, Model, Observation, Params, Reconstruction
+from invjax.observe import check_observation
+
+
+class Imprint(NamedTuple):
+    """A malicious server's attack.
+
+    Attributes:
+      model: what the clients are sent; the given model itself where only its weights are changed.
+      plant: `plant(key, params, auxiliary=None) -> params`: the planted parameters of `model`, from
+        those of the given model in whatever state of training, and data that the server owns.
+      attack: inverts an observation of `model` at planted parameters.
+    """
+
+    model: Model
+    plant: Callable[..., Params]
+    attack: Attack
+
+
+class Rows(NamedTuple):
+    """Rows to invert, a candidate each.
+
+    Attributes:
+      weight: `[d, n]`, weight gradients; a candidate's is its input times `bias`.
+      bias: `[n]`, bias gradients.
+      floor: of `bias`, below which a row is empty but for rounding.
+      low: `[d]`, least value of an input.
+      high: `[d]`, largest.
+    """
+
+    weight: Array
+    bias: Array
+    floor: Array
+    low: Array
+    high: Array
+
+
+class Inverted(NamedTuple):
+    """Inverted rows.
+
+    Attributes:
+      inputs: `[S, d]`, each candidate once, the certified ones first; zero where a slot is empty.
+      labels: `[S]`.
+      found: `[S]`.
+      objective: share of the rows' bias gradients, in absolute values, that is not certified.
+      rows: how many rows hold anything.
+      certified: how many rows are certified.
+    """
+
+    inputs: Array
+    labels: Array
+    found: Array
+    objective: Array
+    rows: Array
+    certified: Array
+
+
+def invert_rows(
+    rows: Rows,
+    implied: Callable[[Array], Array] | None,
+    inside: Callable[[Array], Array] | None,
+    size: int | None,
+    slots: int,
+    tolerance: float,
+) -> Inverted:
+    """Divide every row by its bias gradient, check what comes out and keep each input once.
+
+    Args:
+      rows: what to invert.
+      implied: `implied(inputs [n, d]) -> [n, K]`: the bias gradient of every candidate's own row for
+        that one sample and each label; the certificate compares it with what was observed.
+      inside: `inside(inputs [n, d]) -> [n]`: a check that takes its place where there is none.
+      size: samples behind the gradient; where `None`, any whole number up to `slots` will do.
+      slots: how many inputs to return.
+      tolerance: largest relative deviation of a certificate.
+
+    Returns:
+      The inputs. Without `implied` labels are -1.
+    """
+    alive = jnp.abs(rows.bias) > rows.floor
+    inputs = (rows.weight / jnp.where(alive, rows.bias, 1.0)[None]).T
+    inputs = jnp.where(alive[:, None], inputs, 0.0)
+    slack = 1e-2 * (rows.high - rows.low)
+    passed = alive & (
+        (inputs >= (rows.low - slack)[None]) & (inputs <= (rows.high + slack)[None])
+    ).all(axis=1)
+    labels = jnp.full(alive.size, -1)
+    if inside is not None:
+        passed &= inside(inputs)
+    if implied is not None:
+        ratio = implied(inputs) / jnp.where(alive, rows.bias, 1.0)[:, None]
+        whole = jnp.clip(jnp.round(ratio), 1, slots) if size is None else size
+        error = jnp.abs(ratio - whole) / whole
+        labels = jnp.argmin(error, axis=1)
+        passed &= error.min(axis=1) <= tolerance
+    strength = jnp.where(alive, jnp.abs(rows.bias), 0.0)
+    order = strength / jnp.maximum(strength.max(), jnp.finfo(strength.dtype).tiny)
+    order = jnp.where(alive, order + 2 * passed, -1.0)
+
+    def take(order: Array, _) -> tuple[Array, tuple[Array, Array]]:
+        at = jnp.argmax(order)
+        gap = jnp.abs(inputs - inputs[at][None]) / (rows.high - rows.low)[None]
+        taken = (at, order[at] >= 0)
+        return jnp.where(jnp.sqrt((gap**2).mean(axis=1)) < 1e-3, -1.0, order), taken
+
+    _, (at, exists) = jax.lax.scan(take, order, length=slots)
+    total = jnp.maximum(strength.sum(), jnp.finfo(strength.dtype).tiny)
+    return Inverted(
+        inputs=jnp.where(exists[:, None], inputs[at], 0.0),
+        labels=jnp.where(exists, labels[at], -1),
+        found=exists & passed[at],
+        objective=1 - jnp.where(passed, strength, 0.0).sum() / total,
+        rows=alive.sum(),
+        certified=passed.sum(),
+    )
+
+
+def implied_bias(tail: Callable[[Array], Array], values: Array, directions: Array) -> Array:
+    """The bias gradient of every candidate's own row, for each label, by one pass forward.
+
+    Args:
+      tail: `tail(values [n, units]) -> logits [n, K]`.
+      values: what the planted layer computes on the candidates.
+      directions: `[n, units]`, how each candidate's row is made of units.
+
+    Returns:
+      `[n, K]`, for a batch of that one sample.
+    """
+    logits, slope = jax.jvp(tail, (values,), (directions,))
+    mean = (jax.nn.softmax(logits) * slope).sum(axis=1, keepdims=True)
+    return mean - slope
+
+
+def exact_tolerance(dtype, tolerance: float | None) -> float:
+    """The certificates' tolerance: by default 1e-6 in double precision, 1e-4 in single."""
+    return (1e-6 if dtype == jnp.float64 else 1e-4) if tolerance is None else tolerance
+
+
+def flat_range(input_range: tuple[Bound, Bound], input_shape: tuple[int, ...], dtype):
+    """Lowest and highest value of every entry of a flattened input, `[d]` each."""
+    return tuple(
+        jnp.broadcast_to(jnp.asarray(bound, dtype), input_shape).reshape(-1)
+        for bound in input_range
+    )
+
+
+def closed_form(
+    model: Model,
+    invert: Callable[[Observation], Reconstruction],
+    input_shape: tuple[int, ...],
+    name: str,
+    *,
+    several_steps: bool = False,
+) -> Attack:
+    """An attack of no steps around an inversion.
+
+    Args:
+      model: the model that the clients were sent.
+      invert: the inversion; it runs with exact products.
+      input_shape: what the imprint was made for.
+      name: the imprint's, for messages.
+      several_steps: whether updates of several local steps will do.
+
+    Returns:
+      The attack; its check refuses other shapes, and several local steps where they will not do.
+    """
+
+    def init(key: Array, observation: Observation) -> Reconstruction:
+        del key
+        with jax.default_matmul_precision("highest"):
+            return invert(observation)
+
+    def check(observation: Observation) -> None:
+        check_observation(model, observation)
+        facts = observation.facts
+        if tuple(facts.input_shape) != tuple(input_shape):
+            raise ValueError(
+                f"This {name} was made for inputs of shape {tuple(input_shape)}, the observation "
+                f"speaks of {tuple(facts.input_shape)}."
+            )
+        if not several_steps:
+            check_one_step(observation, name)
+
+    return Attack(
+        init,
+        step=lambda observation, state: state,
+        result=lambda observation, state: state,
+        check=check,
+    )
+
+
+def check_settings(model: Model, input_shape: Sequence[int], **whole: int) -> tuple[int, ...]:
+    """Refuse what no imprint can use.
+
+    Args:
+      model: the model to attack.
+      input_shape: shape of one input.
+      **whole: settings that must be at least 1.
+
+    Returns:
+      The input shape, a tuple.
+
+    Raises:
+      ValueError: a single logit, an empty shape, a setting below 1.
+    """
+    shape = tuple(input_shape)
+    if not shape or min(shape) < 1:
+        raise ValueError(f"input_shape must have positive sides, got {shape}.")
+    if model.num_classes < 2:
+        raise ValueError(f"The model {model.name} must have softmax logits, got a single logit.")
+    for name, value in whole.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    return shape
+
+
+def auxiliary_inputs(auxiliary: Batch | None, input_shape: tuple[int, ...], name: str) -> Array:
+    """Flattened inputs of the server's own data, `[A, d]`.
+
+    Raises:
+      ValueError: there are none, or of another shape.
+    """
+    if auxiliary is None:
+        raise ValueError(f"{name} plants by auxiliary data: give plant auxiliary=.")
+    inputs = auxiliary.inputs
+    if inputs.shape[1:] != tuple(input_shape) or inputs.shape[0] == 0:
+        raise ValueError(
+            f"auxiliary.inputs must be [A, {', '.join(map(str, input_shape))}], got {inputs.shape}."
+        )
+    return inputs.reshape(inputs.shape[0], math.prod(input_shape))

@@ -1,0 +1,235 @@
+"""LOKI: every client's samples keep to columns of their own, so an aggregate does not mix clients."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from invjax.attacks.analytic.imprints.binning import (
+    back_layer,
+    bin_directions,
+    binning_layer,
+    block_tail,
+    close_below,
+    dense,
+    fronted,
+    quantile,
+)
+from invjax.attacks.analytic.imprints.imprint import (
+    Imprint,
+    Inverted,
+    Rows,
+    auxiliary_inputs,
+    check_settings,
+    closed_form,
+    exact_tolerance,
+    flat_range,
+    implied_bias,
+    invert_rows,
+)
+from invjax.base import Array, Batch, Model, Observation, Params, Reconstruction
+from invjax.defenses.checks import check
+from invjax.observe import per_step_gradient
+
+
+def loki(
+    model: Model,
+    input_shape: Sequence[int],
+    clients: int,
+    bins: int,
+    *,
+    local_steps: bool = False,
+    location: float | None = None,
+    scale: float | None = None,
+    peak: float = 1.0,
+    kernel_scale: float = 10.0,
+    max_samples: int = 32,
+    tolerance: float | None = None,
+) -> Imprint:
+    """Binning that survives the aggregation over clients (Zhao et al. 2024, LOKI).
+
+    A convolution comes first, whose channels are split among the clients: client `c` is sent kernels
+    that copy its image into the channels of block `c` and leave the others at zero. Behind it is a
+    layer that bins by mean brightness, as in `robbing_the_fed`. In the sum over clients the rows of its
+    weight gradient that belong to block `c` are of client `c` alone. The bias gradient is not, so a
+    candidate's scale comes from the largest value of an image, which is taken to be `peak`.
+
+    Departures: the convolution is of one pixel (theirs is larger, with all other taps at zero), and
+    single-step gradients carry a certificate besides.
+
+    With `kernel_scale` `s` the kernels are `s` and the binning weights `1/s` times as large, so that
+    local training moves the kernels less, relative to what passes through them, but the binning weights
+    more. On digits, four steps of SGD at 0.01 keep the recall of one step with 10, and at 0.1 with 100.
+
+    Args:
+      model: any model of the images, with softmax logits.
+      input_shape: height, width, channels.
+      clients: clients in the aggregate.
+      bins: bins, shared by all clients; about four times the images of one client.
+      local_steps: whether the clients train for several steps (FedAvg): units are hardtanh, whose
+        row is a bin by itself. Otherwise ReLU and differences of neighbours.
+      location: mean brightness of the data; of the auxiliary data where `None`.
+      scale: standard deviation of the brightness; of the auxiliary data where `None`.
+      peak: largest value of every image; images run from 0 to 1.
+      kernel_scale: of the kernels.
+      max_samples: slots of a client, where the batch size is not known.
+      tolerance: largest relative deviation of a certificate; by default 1e-6 for gradients of double
+        precision and 1e-4 for single.
+
+    Returns:
+      The imprint. `plant` returns parameters with a leading axis of clients, each client's own along
+      it: `jax.vmap` `observe` over them, and `aggregate` what comes out. Slots are client by client.
+      `found` after one step is a certificate as in `robbing_the_fed`, and false for an image
+      that does not reach `peak`. After several steps it says that a candidate lies in the range and
+      that its brightness fits its bin: a mixture of two images of a client in one bin may pass, and
+      labels are -1.
+
+    Raises:
+      ValueError: a setting out of range, a location without a scale, inputs that are no images; when
+        planting, neither these nor auxiliary data; at the attack's use, a batch size that the clients
+        do not divide, or several local steps of a model without hardtanh.
+    """
+    shape = check_settings(model, input_shape, clients=clients, bins=bins, max_samples=max_samples)
+    if len(shape) != 3:
+        raise ValueError(f"input_shape must be (height, width, channels), got {shape}.")
+    if (location is None) != (scale is None):
+        raise ValueError(f"Give both or none of location and scale, got {location} and {scale}.")
+    for name, value in (("scale", scale), ("peak", peak), ("kernel_scale", kernel_scale)):
+        if value is not None:
+            check(name, value, 0.0, open_low=True)
+    size, channels = math.prod(shape), shape[2]
+
+    def plant(key: Array, params: Params, auxiliary: Batch | None = None) -> Params:
+        dtype = jnp.result_type(*jax.tree.leaves(params))
+        direction = jnp.full(size, 1 / size, dtype)
+        if location is None or scale is None:
+            brightness = auxiliary_inputs(auxiliary, shape, "loki") @ direction
+            law = brightness.mean(), brightness.std()
+        else:
+            law = location, scale
+        shares = jnp.arange(1, bins, dtype=dtype) / bins
+        cuts = close_below(quantile("mean", shares, *law), jnp.zeros((), dtype))
+        rows, reach = binning_layer(direction, cuts, jnp.ones((), dtype), local_steps)
+        kernel = rows["kernel"].reshape(*shape[:2], 1, channels, bins) / kernel_scale
+        kernel = jnp.broadcast_to(kernel, (*shape[:2], clients, channels, bins))
+        low, high = jnp.zeros(size, dtype), jnp.ones(size, dtype)
+        split = jnp.einsum("cl,ij->cilj", jnp.eye(clients, dtype=dtype), jnp.eye(channels))
+        common = {
+            "rows": {"kernel": kernel.reshape(-1, bins), "bias": rows["bias"]},
+            "back": back_layer(key, bins, low, high, reach),
+            "base": params,
+        }
+        return {
+            "split": kernel_scale * split.reshape(clients, channels, -1).astype(dtype),
+            **jax.tree.map(
+                lambda leaf: jnp.broadcast_to(leaf[None], (clients, *leaf.shape)), common
+            ),
+        }
+
+    def init(key: Array, input_shape: Sequence[int]) -> Params:
+        split_key, rows_key, back_key, base_key = jax.random.split(key, 4)
+        return {
+            "split": dense(split_key, channels, clients * channels)["kernel"],
+            "rows": dense(rows_key, clients * size, bins),
+            "back": dense(back_key, bins, size),
+            "base": model.init(base_key, input_shape),
+        }
+
+    def apply(params: Params, inputs: Array) -> Array:
+        blocks = inputs @ params["split"]
+        flat = blocks.reshape(inputs.shape[0], -1)
+        values = flat @ params["rows"]["kernel"] + params["rows"]["bias"][None]
+        return block_tail(model, params, values, shape, local_steps)
+
+    block = fronted(model, init, apply, "loki")
+
+    def invert(observation: Observation) -> Reconstruction:
+        facts, params = observation.facts, observation.params
+        gradient = observation.gradient if local_steps else per_step_gradient(observation)
+        assert gradient is not None
+        directions = bin_directions(bins, local_steps, gradient["rows"]["bias"].dtype)
+        blocks = blocked(gradient["rows"]["kernel"]) / kernel_scale @ directions.T
+        slots = max_samples if facts.batch_size is None else facts.batch_size // clients
+        low, high = flat_range(facts.input_range, shape, blocks.dtype)
+        first = kernel_scale * blocked(params["rows"]["kernel"])[0]
+
+        def values_of(inputs: Array) -> Array:
+            return inputs @ first + params["rows"]["bias"][None]
+
+        def implied(inputs: Array) -> Array:
+            return implied_bias(
+                lambda values: block_tail(model, params, values, shape, local_steps),
+                values_of(inputs),
+                directions,
+            )
+
+        def inside(inputs: Array) -> Array:
+            own = jnp.diagonal(values_of(inputs))
+            return (own >= -0.25) & (own <= 1.25)
+
+        # Of all clients, so that the rounding of the strongest does not look like another's samples.
+        floor = 64 * jnp.finfo(blocks.dtype).eps * jnp.abs(blocks).max()
+
+        def one(weight: Array) -> Inverted:
+            strongest = jnp.abs(weight).argmax(axis=0)
+            bias = jnp.take_along_axis(weight, strongest[None], axis=0)[0] / peak
+            return invert_rows(
+                Rows(weight, bias, floor, low, high),
+                None if local_steps else implied,
+                inside if local_steps else None,
+                facts.batch_size,
+                slots,
+                exact_tolerance(weight.dtype, tolerance),
+            )
+
+        found = jax.vmap(one)(blocks)
+        return Reconstruction(
+            found.inputs.reshape((clients * slots, *shape)),
+            found.labels.reshape(-1),
+            found.found.reshape(-1),
+            found.objective.mean(),
+            {"rows": found.rows, "certified": found.certified},
+        )
+
+    def blocked(kernel: Array) -> Array:
+        """`[clients, d, bins]`, the first layer's weights of every client's block."""
+        kernel = kernel.reshape(*shape[:2], clients, channels, bins)
+        return jnp.moveaxis(kernel, 2, 0).reshape(clients, size, bins)
+
+    attack = closed_form(block, invert, shape, "loki", several_steps=local_steps)
+    whole = attack.check
+
+    def check_clients(observation: Observation) -> None:
+        assert whole is not None
+        whole(observation)
+        total = observation.facts.batch_size
+        if total is not None and total % clients:
+            raise ValueError(
+                f"The observation's batch_size must be a multiple of {clients} clients, got {total}."
+            )
+
+    return Imprint(block, plant, dataclasses.replace(attack, check=check_clients))
+
+
+def aggregate(observations: Observation) -> Observation:
+    """What secure aggregation lets the server see of several clients: their mean.
+
+    Args:
+      observations: one observation a client, stacked along a leading axis (as `jax.vmap` of `observe`
+        returns them), with a gradient each.
+
+    Returns:
+      One observation of all clients' samples together, at the first client's parameters. Labels that
+      were granted are joined; nothing else of the clients stays.
+    """
+    clients = jax.tree.leaves(observations.gradient)[0].shape[0]
+    facts, labels = observations.facts, observations.labels
+    size = None if facts.batch_size is None else clients * facts.batch_size
+    return Observation(
+        params=jax.tree.map(lambda leaf: leaf[0], observations.params),
+        gradient=jax.tree.map(lambda leaf: leaf.mean(axis=0), observations.gradient),
+        facts=dataclasses.replace(facts, batch_size=size),
+        labels=None if labels is None else labels.reshape(-1),
+    )

@@ -64,7 +64,7 @@ EVERY = pytest.mark.parametrize("name", ROWS)
 
 def victims(row, seed, number=2):
     """A model and what the server sees of some clients."""
-    model = models.mlp((12,), CLASSES, init="he")
+    model = models.mlp((32,), CLASSES, init="he")
     rng = np.random.default_rng(seed)
     shape = (SCHEMA.width,) if row.table else SHAPE
     batches = invjax.Batch(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from invjax import calls
-from invjax.cli import attack, sweep
+from invjax.cli import attack, audit, sweep
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "attack": (attack.attack, "reconstruct private samples from their gradients, and report on it"),
@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
         "attack every combination of data, models, defences and attacks; resumable",
     ),
     "report": (sweep.report, "write the page of a sweep's folder, finished or running"),
+    "audit": (audit.audit, "tell from a model's layers whether its gradient gives a sample away"),
 }
 
 

@@ -13,6 +13,7 @@ from invjax.models.load import by_name as by_name
 from invjax.models.load import load_params as load_params
 from invjax.models.load import save_params as save_params
 from invjax.models.losses import cross_entropy as cross_entropy
+from invjax.models.reference import reference as reference
 from invjax.models.resnet import resnet18 as resnet18
 from invjax.models.zoo import cnn as cnn
 from invjax.models.zoo import cnn6 as cnn6
@@ -38,6 +39,7 @@ __all__ = [
     "load_params",
     "mlp",
     "normalized",
+    "reference",
     "resnet18",
     "save_params",
 ]

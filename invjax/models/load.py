@@ -1,5 +1,6 @@
 """Models by name, and parameters in files."""
 
+import functools
 import os
 import pathlib
 import zipfile
@@ -14,6 +15,7 @@ import numpy as np
 from invjax import calls
 from invjax.base import Model, Params
 from invjax.models import resnet, zoo
+from invjax.models.reference import CONVOLUTIONS, reference
 
 
 def _mlp(*widths: Any, **settings: Any) -> Model:
@@ -23,18 +25,22 @@ def _mlp(*widths: Any, **settings: Any) -> Model:
     return zoo.mlp(*arguments, **settings)
 
 
-_ZOO: dict[str, Callable[..., Model]] = {"mlp": _mlp} | {
-    function.__name__: function
-    for function in (
-        zoo.lenet,
-        zoo.convnet,
-        zoo.convnet_small,
-        zoo.cnn6,
-        zoo.cnn6_d,
-        zoo.cnn,
-        resnet.resnet18,
-    )
-}
+_ZOO: dict[str, Callable[..., Model]] = (
+    {"mlp": _mlp}
+    | {name: functools.partial(reference, name) for name in CONVOLUTIONS}
+    | {
+        function.__name__: function
+        for function in (
+            zoo.lenet,
+            zoo.convnet,
+            zoo.convnet_small,
+            zoo.cnn6,
+            zoo.cnn6_d,
+            zoo.cnn,
+            resnet.resnet18,
+        )
+    }
+)
 
 
 def by_name(text: str, num_classes: int) -> Model:

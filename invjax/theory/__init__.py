@@ -3,7 +3,8 @@
 `influence` holds the inversion influence function: how far a perturbed gradient moves its own
 inversion, a lower bound on it, and its mean under Gaussian noise (the Cramér-Rao bound).
 `exclusivity` holds the security boundary of ReLU networks: which neurons fire on one sample alone, and
-which batches have twins of the very same gradient. Pure functions of a model, its parameters and a
+which batches have twins of the very same gradient. `security_index` counts what the linear equations of
+every layer leave open. Pure functions of a model, its parameters and a
 batch: they read the truth, as no attack may.
 """
 
@@ -20,10 +21,15 @@ from invjax.theory.influence import expected_squared_error as expected_squared_e
 from invjax.theory.influence import influence as influence
 from invjax.theory.influence import largest_eigenvalue as largest_eigenvalue
 from invjax.theory.influence import lower_bound as lower_bound
+from invjax.theory.security_index import closing_changes as closing_changes
+from invjax.theory.security_index import jacobian_rank as jacobian_rank
+from invjax.theory.security_index import minimum_filters as minimum_filters
+from invjax.theory.security_index import security_index as security_index
 
 __all__ = [
     "ExpectedError",
     "Influence",
+    "closing_changes",
     "exclusivity_probability",
     "exclusivity_state",
     "expected_psnr",
@@ -31,8 +37,11 @@ __all__ = [
     "frozen_kernel",
     "influence",
     "is_sufficient",
+    "jacobian_rank",
     "largest_eigenvalue",
     "lower_bound",
+    "minimum_filters",
     "secure_boundary",
+    "security_index",
     "twin_batch",
 ]

@@ -98,6 +98,7 @@ def test_the_reported_command_repeats_the_run(run, tmp_path):
         (["--defense", "gaussian(-1)"], "std"),
         (["--attack", "dgl"], "Did you mean 'dlg'"),
         (["--attack", "dlg(speed=3)"], "speed"),
+        (["--attack", "row_scan"], "must be fully connected, got a layer conv"),
         (["--batch-size", "0"], "--batch-size"),
         (["--num-victims", "5000"], "1797"),
         (["--restarts", "0"], "--restarts"),

@@ -40,8 +40,8 @@ def draw(data, number: int, size: int, seed: int) -> invjax.Batch:
     return datasets.take(data, np.stack([rng.permutation(len(data))[:size] for _ in range(number)]))
 
 
-def planted(name: str, model, shape, size: int):
-    """The imprint of a name, or `None`."""
+def planted(name: str, model, shape, size: int, width: int):
+    """The imprint of a name, or `None`; binning has as many bins as the layer has units."""
     made = {
         "robbing the fed": lambda: imprints.robbing_the_fed(
             model, shape, 4 * size, max_samples=size
@@ -71,7 +71,7 @@ IMPRINTS = ("robbing the fed", "trap weights", "qbi", "pairs", "soliton-free", "
 ATTACKS = ("exclusivity", "row scan", "spear", *IMPRINTS, *MATCHING)
 
 
-def measure(name: str, model, params, batches, auxiliary) -> dict:
+def measure(name: str, model, params, batches, auxiliary, width: int) -> dict:
     """One attack on some batches, one after another."""
     number, size = batches.labels.shape
     with jax.enable_x64(name not in MATCHING):
@@ -82,7 +82,7 @@ def measure(name: str, model, params, batches, auxiliary) -> dict:
             ),
             (params, batches, auxiliary),
         )
-        imprint = planted(name, model, batches.inputs.shape[2:], size)
+        imprint = planted(name, model, batches.inputs.shape[2:], size, width)
         if imprint is not None:
             model, attack = imprint.model, imprint.attack
             params = imprint.plant(jax.random.key(0), params, auxiliary)
@@ -175,7 +175,7 @@ def main() -> None:
                     if size > limits.get(name, size):
                         continue
                     row = {"width": width, "trained": snapshot.step, "batch": size, "attack": name}
-                    row |= measure(name, model, snapshot.params, batches, auxiliary)
+                    row |= measure(name, model, snapshot.params, batches, auxiliary, width)
                     rows.append({**row, "sufficient": round(float(likely.probability), 3)})
                     print(rows[-1], flush=True)
     print("\n" + timing.table(rows))

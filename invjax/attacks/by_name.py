@@ -5,15 +5,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from invjax import calls
-from invjax.attacks.analytic.bias_trick import bias_trick
+from invjax.attacks import analytic
 from invjax.attacks.matching import bayes, presets
 from invjax.base import Attack, Defense, Model
 
 _KNOWN: dict[str, Callable[..., Attack]] = {
     function.__name__: function
     for function in (
+        analytic.bias_trick,
+        analytic.exclusivity,
+        analytic.row_scan,
+        analytic.spear,
         bayes,
-        bias_trick,
         presets.dlg,
         presets.gradinversion,
         presets.idlg,
@@ -33,7 +36,7 @@ def by_name(
         `calls.parse` made of it.
       model: the model under attack.
       defense: the client's defence, for attacks that know it.
-      **settings: for the attack; those in the text win.
+      **settings: for the attack, where it has them: a closed form has no steps; those in the text win.
 
     Returns:
       The attack.
@@ -41,18 +44,16 @@ def by_name(
     Raises:
       ValueError: an unknown name (the message lists the known ones) or setting.
     """
-    bound: dict[str, Callable[..., Attack]] = {
-        name: lambda *args, make=make, **kwargs: make(model, *args, **kwargs)
-        for name, make in _KNOWN.items()
-    }
-    bound["bias_trick"] = lambda *args, **kwargs: bias_trick(
-        # A closed form has no use for the settings of a loop.
-        model,
-        *args,
-        **{name: value for name, value in kwargs.items() if name not in settings},
-    )
-    bound["bayes"] = lambda *args, **kwargs: _KNOWN["bayes"](model, defense, *args, **kwargs)
-    attacks = calls.build(text, bound, "attack", **settings)
+
+    def bind(make: Callable[..., Attack]) -> Callable[..., Attack]:
+        parameters = inspect.signature(make).parameters
+        given = (model, defense) if "defense" in parameters else (model,)
+        open_ended = any(one.kind == one.VAR_KEYWORD for one in parameters.values())
+        mine = {name: value for name, value in settings.items() if open_ended or name in parameters}
+        return lambda *args, **kwargs: make(*given, *args, **{**mine, **kwargs})
+
+    known = {name: bind(make) for name, make in _KNOWN.items()}
+    attacks = calls.build(text, known, "attack")
     if len(attacks) != 1:
         raise ValueError(f"Name one attack, got {len(attacks)} in {text!r}.")
     return attacks[0]

@@ -49,7 +49,8 @@ class AttackConfig:
     defense: tuple[str, ...] = ("none",)
     """Defences in the order in which they act: 'clip(1.0),gaussian(0.01)', or several values."""
     attack: str = "dlg"
-    """dlg, idlg, inverting_gradients, gradinversion, tag or bayes, perhaps with settings."""
+    """dlg, idlg, inverting_gradients, gradinversion, tag, bayes; exact, for dense networks: bias_trick,
+    exclusivity, row_scan, spear; perhaps with settings."""
     batch_size: int = 1
     """Samples behind one gradient."""
     num_victims: int = 8
@@ -141,6 +142,7 @@ def prepare(config: AttackConfig) -> tuple[run.Experiment, pathlib.Path]:
         attacks.needs_labels(config.attack, config.labels),
         config.seed,
     )
+    run.check(experiment)
     return experiment, out
 
 

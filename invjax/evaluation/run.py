@@ -1,5 +1,6 @@
 """Draw victims, observe them, attack them, measure: one attack on many batches."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from invjax import datasets, driver, metrics
-from invjax.base import Array, Attack, Batch, Defense, Model, Params, Reconstruction
+from invjax.base import Array, Attack, Batch, Defense, Model, Observation, Params, Reconstruction
 from invjax.observe import observe
 
 
@@ -84,6 +85,35 @@ def draw_victims(dataset: datasets.Dataset, seed: int, num_victims: int, batch_s
     return jax.tree.map(lambda leaf: leaf.reshape(shape + leaf.shape[1:]), batch)
 
 
+def check(experiment: Experiment) -> None:
+    """Refuse an attack that cannot use what it will be shown, before anything is computed.
+
+    Args:
+      experiment: what to do.
+
+    Raises:
+      ValueError: the attack's own complaint.
+    """
+    attack = experiment.attack
+    if attack.check is None:
+        return
+    victims = draw_victims(experiment.dataset, experiment.seed, 1, experiment.batch_size)
+    victim = jax.tree.map(lambda leaf: leaf[0], victims)
+    jax.eval_shape(lambda key: attack.check(_watch(experiment, key, victim)), jax.random.key(0))
+
+
+def _watch(experiment: Experiment, key: Array, batch: Batch) -> Observation:
+    return observe(
+        key,
+        experiment.model,
+        experiment.params,
+        batch,
+        experiment.defense,
+        input_range=experiment.dataset.value_range,
+        grant_labels=experiment.grant_labels,
+    )
+
+
 def attack_victims(
     experiment: Experiment, on_chunk: Callable[[driver.Progress], None] | None = None
 ) -> Outcome:
@@ -108,17 +138,7 @@ def attack_victims(
         for purpose in (1, 2)
     )
 
-    def watch(key: Array, batch: Batch):
-        return observe(
-            key,
-            experiment.model,
-            experiment.params,
-            batch,
-            experiment.defense,
-            input_range=experiment.dataset.value_range,
-            grant_labels=experiment.grant_labels,
-        )
-
+    watch = functools.partial(_watch, experiment)
     observations = jax.jit(jax.vmap(watch))(observe_keys, victims)
     # Measured once beforehand, so that an interruption need not wait for compilations.
     _match(victims.inputs, victims.inputs)

@@ -19,6 +19,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -40,15 +41,15 @@ def draw(data, number: int, size: int, seed: int) -> invjax.Batch:
     return datasets.take(data, np.stack([rng.permutation(len(data))[:size] for _ in range(number)]))
 
 
-def planted(name: str, model, shape, size: int, width: int):
+def planted(name: str, model, auxiliary, size: int, width: int):
     """The imprint of a name, or `None`; binning has as many bins as the layer has units."""
+    shape = auxiliary.inputs.shape[1:]
+    moments = {"mean": float(auxiliary.inputs.mean()), "std": float(auxiliary.inputs.std())}
     made = {
-        "robbing the fed": lambda: imprints.robbing_the_fed(
-            model, shape, 4 * size, max_samples=size
-        ),
+        "robbing the fed": lambda: imprints.robbing_the_fed(model, shape, width),
         "trap weights": lambda: imprints.trap_weights(model, shape, cascade=True),
-        "qbi": lambda: imprints.qbi(model, shape, max(size, 2), cascade=True),
-        "pairs": lambda: imprints.pairs(model, shape, max(size, 2), cascade=True),
+        "qbi": lambda: imprints.qbi(model, shape, max(size, 2), cascade=True, **moments),
+        "pairs": lambda: imprints.pairs(model, shape, max(size, 2), cascade=True, **moments),
         "soliton-free": lambda: imprints.soliton_free(model, shape, size, cascade=True),
         "soliton-data": lambda: imprints.soliton_data(model, shape, size, cascade=True),
     }
@@ -61,8 +62,8 @@ def passive(name: str, model):
         "exclusivity": lambda: attacks.exclusivity(model),
         "row scan": lambda: attacks.row_scan(model),
         "spear": lambda: attacks.spear(model, num_steps=200),
-        "dlg": lambda: attacks.dlg(model, labels="known", num_steps=300),
-        "inverting gradients": lambda: attacks.inverting_gradients(model, num_steps=2000),
+        "dlg": lambda: attacks.dlg(model, labels="known"),
+        "inverting gradients": lambda: attacks.inverting_gradients(model),
     }[name]()
 
 
@@ -82,7 +83,7 @@ def measure(name: str, model, params, batches, auxiliary, width: int) -> dict:
             ),
             (params, batches, auxiliary),
         )
-        imprint = planted(name, model, batches.inputs.shape[2:], size, width)
+        imprint = planted(name, model, auxiliary, size, width)
         if imprint is not None:
             model, attack = imprint.model, imprint.attack
             params = imprint.plant(jax.random.key(0), params, auxiliary)
@@ -126,6 +127,7 @@ def figure(rows, path: str) -> None:
     axes = drawing.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (width, trained) in zip(axes, panels, strict=True):
         mine = [row for row in rows if (row["width"], row["trained"]) == (width, trained)]
+        axis.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors[::2] + ((0, 0, 0),))
         for name in dict.fromkeys(row["attack"] for row in mine):
             points = [(row["batch"], row["recovered"]) for row in mine if row["attack"] == name]
             style = "--" if name in MATCHING else "-"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import invjax
-from invjax import models
-from invjax.attacks.analytic import row_scan
+from invjax import models, theory
+from invjax.attacks.analytic import exclusivity, row_scan
 
 SHAPE = (8, 8, 1)
 
@@ -65,6 +65,9 @@ def test_a_batch_of_32_comes_back():
         assert found.found.all() and largest_error(batches, found) < 1e-20
         assert recovered(batches, found)[1] == 0 and found.objective.max() < 1e-12
         assert found.diagnostics["rounds"].min() > 1
+        params = jax.tree.map(lambda leaf: leaf[0], seen.params)
+        states = jax.vmap(lambda x: theory.exclusivity_state(model, params, x))(batches.inputs)
+        assert not any(map(theory.is_sufficient, states))
         blind = seen._replace(facts=observed((512,), 10, 32, grant_batch_size=False)[2].facts)
         guessed = scanned(model, blind, keys, max_samples=40)
         np.testing.assert_array_equal(guessed.diagnostics["batch_size"], 32)
@@ -72,7 +75,7 @@ def test_a_batch_of_32_comes_back():
         assert recovered(batches, guessed)[1] == 0
         # Without peeling only the samples with a unit of their own, and none but those.
         alone = scanned(model, seen, keys, cascade=False)
-        own = own_units(jax.tree.map(lambda leaf: leaf[0], seen.params), batches)
+        own = own_units(params, batches)
         np.testing.assert_array_equal(alone.found.sum(axis=1), own.sum(axis=1))
         assert 0 < own.mean() < 1 and recovered(batches, alone)[1] == 0
 
@@ -143,8 +146,11 @@ def test_a_reduction_of_exclusivity_stops_it_only_when_it_is_complete():
         for share, count in ((1.0, 0), (0.95, 16)):
             inputs = share * after.inputs + (1 - share) * batch.inputs
             sent = batch._replace(inputs=inputs)
-            found = attack(keys[0], invjax.observe(keys[0], model, params, sent))
+            seen = invjax.observe(keys[0], model, params, sent)
+            found = attack(keys[0], seen)
             assert found.found.sum() == count
+            if share == 1.0:
+                assert exclusivity(model)(keys[0], seen).diagnostics["groups"] == 0
         assert largest_error(jax.tree.map(lambda leaf: leaf[None], sent), found_of(found)) < 1e-20
 
 

@@ -1,7 +1,8 @@
 """Attacks: estimators of the private batch from an observation.
 
-`matching` holds gradient matching and its presets, `analytic` closed forms, `labels` the recovery of
-labels alone. Every attack is an `invjax.base.Attack`: pure, `jit`- and `vmap`-able.
+`matching` holds gradient matching and its presets, `analytic` closed forms, `hybrid` layer-wise systems
+corrected by matching, `labels` the recovery of labels alone. Every attack is an `invjax.base.Attack`:
+pure, `jit`- and `vmap`-able.
 """
 
 from invjax.attacks import label_counts as label_counts
@@ -10,11 +11,13 @@ from invjax.attacks.analytic import bias_trick as bias_trick
 from invjax.attacks.analytic import exclusivity as exclusivity
 from invjax.attacks.analytic import first_dense as first_dense
 from invjax.attacks.analytic import imprints as imprints
+from invjax.attacks.analytic import layerwise as layerwise
 from invjax.attacks.analytic import row_scan as row_scan
 from invjax.attacks.analytic import spear as spear
 from invjax.attacks.analytic import through_features as through_features
 from invjax.attacks.by_name import by_name as by_name
 from invjax.attacks.by_name import needs_labels as needs_labels
+from invjax.attacks.hybrid import hybrid as hybrid
 from invjax.attacks.matching import annealed as annealed
 from invjax.attacks.matching import bayes as bayes
 from invjax.attacks.matching import dlg as dlg
@@ -40,11 +43,13 @@ __all__ = [
     "first_dense",
     "gradient_matching",
     "gradinversion",
+    "hybrid",
     "idlg",
     "imprints",
     "inverting_gradients",
     "label_counts",
     "labels",
+    "layerwise",
     "likelihoods",
     "needs_labels",
     "objectives",

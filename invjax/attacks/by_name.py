@@ -6,6 +6,7 @@ from typing import Any
 
 from invjax import calls
 from invjax.attacks import analytic
+from invjax.attacks.hybrid import hybrid
 from invjax.attacks.matching import bayes, presets
 from invjax.base import Attack, Defense, Model
 
@@ -14,9 +15,11 @@ _KNOWN: dict[str, Callable[..., Attack]] = {
     for function in (
         analytic.bias_trick,
         analytic.exclusivity,
+        analytic.layerwise,
         analytic.row_scan,
         analytic.spear,
         bayes,
+        hybrid,
         presets.dlg,
         presets.gradinversion,
         presets.idlg,

@@ -50,7 +50,7 @@ class AttackConfig:
     """Defences in the order in which they act: 'clip(1.0),gaussian(0.01)', or several values."""
     attack: str = "dlg"
     """dlg, idlg, inverting_gradients, gradinversion, tag, bayes; exact, for dense networks: bias_trick,
-    exclusivity, row_scan, spear; perhaps with settings."""
+    exclusivity, row_scan, spear; for one image and convolutions: layerwise, hybrid; perhaps with settings."""
     batch_size: int = 1
     """Samples behind one gradient."""
     num_victims: int = 8

@@ -51,6 +51,8 @@ ROWS = {
     "idlg": Row(lambda model: attacks.idlg(model, num_steps=3), batch_size=1),
     "inverting_gradients": Row(lambda model: attacks.inverting_gradients(model, num_steps=3)),
     "exclusivity": Row(attacks.exclusivity),
+    "hybrid": Row(lambda model: attacks.hybrid(model, schedule=[]), batch_size=1),
+    "layerwise": Row(attacks.layerwise, batch_size=1),
     "row_scan": Row(attacks.row_scan),
     "spear": Row(lambda model: attacks.spear(model, num_steps=2, draws=8)),
     "surrogate": Row(lambda model: federated.surrogate(model, num_steps=3), local=True),

@@ -45,7 +45,9 @@ def test_all_of_the_zoo_has_a_name(name):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"cnn, .*cnn6, cnn6_d, convnet, .*Did you mean 'resnet18'"):
+    with pytest.raises(
+        ValueError, match=r"cnn, .*cnn6, cnn6_d, convnet, .*Did you mean 'resnet18'"
+    ):
         models.by_name("resnet50", 10)
 
 

@@ -12,6 +12,7 @@ from invjax.attacks.analytic.features import head_model as head_model
 from invjax.attacks.analytic.features import head_observation as head_observation
 from invjax.attacks.analytic.features import invert_features as invert_features
 from invjax.attacks.analytic.features import through_features as through_features
+from invjax.attacks.analytic.layerwise import layerwise as layerwise
 from invjax.attacks.analytic.row_scan import row_scan as row_scan
 from invjax.attacks.analytic.spear import batch_size_by_rank as batch_size_by_rank
 from invjax.attacks.analytic.spear import spear as spear
@@ -25,6 +26,7 @@ __all__ = [
     "head_observation",
     "imprints",
     "invert_features",
+    "layerwise",
     "row_scan",
     "spear",
     "through_features",

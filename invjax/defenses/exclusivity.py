@@ -76,8 +76,9 @@ def exclusivity_dropout(model: Model) -> Model:
     It needs the gradient of a batch: whoever takes gradients sample by sample makes every active
     neuron exclusive. Such a batch of one is refused.
 
-    What it does not stop: see the head of this module. SPEAR recovers the private inputs exactly;
-    an adversary who matches gradients does so with this very model.
+    What it does not stop: see the head of this module. SPEAR's linear algebra recovers the private
+    inputs, although its certificate, which expects the plain forward pass, then fails; an adversary
+    who matches gradients does so with this very model.
 
     Args:
       model: a model that ends in dense ReLU layers with at least one hidden.

@@ -121,7 +121,7 @@ def row_scan(
             jnp.linalg.norm(weight), jnp.finfo(weight.dtype).tiny
         )
         complete = (scan.count == size) & (rest < 1e-4)
-        sure = complete | (scan.support > 1) | (allowed < 1e-7)
+        sure = complete | (scan.support > 1) | double
         return Reconstruction(
             inputs=scan.inputs.reshape((slots, *facts.input_shape)),
             labels=scan.labels,

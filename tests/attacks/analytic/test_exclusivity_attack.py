@@ -272,6 +272,22 @@ def test_noise_that_is_allowed_for():
         assert not noisy(1e-5 * rms, 0.0)[0].found.any()
 
 
+def test_a_batch_that_was_made_exclusive_comes_back_whole():
+    """Pan et al.'s inverse of the mitigation: tiny changes of 12 digits, of which 10 came back before."""
+    with jax.enable_x64(True):
+        model, params = network((512,), 10, True, True)
+        batch = jax.tree.map(
+            lambda leaf: leaf[0], drawn((512,), 12, where=lambda counts: not sufficient(counts))
+        )
+        made = invjax.defenses.make_exclusive(model, params, batch)
+        before, after = (
+            attacked(model, params, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], one))
+            for one in (batch, made)
+        )
+        assert not before.found.all() and before.found.any()
+        assert_exact(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], made), after)
+
+
 def test_two_copies_are_not_taken_for_one():
     with jax.enable_x64(True):
         (model, params), batches = network((512,)), drawn((512,), 4)

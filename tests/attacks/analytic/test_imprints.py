@@ -295,6 +295,27 @@ def test_qbi_on_normal_features_is_as_the_theory_says():
         recall.append(active[:, alone_in].any(axis=1).mean())
     assert abs(np.mean(precision) - 0.95**19) < 0.02
     assert np.mean(recall) > 0.99
+    # And the attack reads what is isolated.
+    batch = Batch(inputs, jnp.arange(20) % 10)
+    seen = invjax.observe(jax.random.key(1), model, planted, batch, input_range=(-9.0, 9.0))
+    found = imprint.attack(jax.random.key(0), seen)
+    np.testing.assert_array_equal(recovered(found, batch), active[:, alone_in].any(axis=1))
+
+
+@pytest.mark.parametrize("name", ["qbi", "pairs", "soliton_free"])
+def test_a_cascade_carries_planted_weights_on(name):
+    """Measured: all of 32 digits in 512 units, where rows alone isolate some of them."""
+    model, params = network(512)
+    data, batch, size = auxiliary(128), batch_of(32), 32
+    moments = {"mean": float(data.inputs.mean()), "std": float(data.inputs.std())}
+    settings = {} if name == "soliton_free" else moments
+    share = []
+    for cascade in (False, True):
+        imprint = getattr(imprints, name)(model, SHAPE, size, cascade=cascade, **settings)
+        planted = imprint.plant(jax.random.key(1), params, data)
+        found = imprint.attack(jax.random.key(0), observed(model, planted, batch))
+        share.append(recovered(found, batch).mean())
+    assert share[0] < share[1] == 1
 
 
 def test_qbi_and_pairs_normalize_and_pairs_isolates_its_own_data():

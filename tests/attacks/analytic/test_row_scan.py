@@ -58,7 +58,7 @@ def largest_error(batches, found):
 
 
 def test_a_batch_of_32_comes_back():
-    """Five batches, batch size told or not; on none does a unit belong to every sample."""
+    """Five batches, batch size told or not; the paper's condition holds on none of them."""
     with jax.enable_x64(True):
         model, batches, seen, keys = observed((512,), 10, 32, victims=5)
         found = scanned(model, seen, keys)

@@ -92,6 +92,21 @@ def test_a_batch_without_exclusive_units_is_no_safer():
         assert_exact(attack_of()(jax.random.key(2), masked), batch, 1e-25)
 
 
+def test_reductions_of_exclusivity_after_the_fact_do_not_stop_it():
+    """Masked rows are certified; behind a dropout inputs are exact, and the certificate is silent."""
+    with jax.enable_x64(True):
+        params, batch = cast(params_of(), DOUBLE), cast(batch_of(4), DOUBLE)
+        masked = invjax.defenses.mask_exclusive_rows(MODEL)
+        seen = invjax.observe(jax.random.key(1), MODEL, params, batch, masked)
+        assert_exact(attack_of()(jax.random.key(2), seen), batch, 1e-25)
+        dropping = invjax.defenses.exclusivity_dropout(MODEL)
+        seen = invjax.observe(jax.random.key(1), dropping, params, batch)
+        found = attack_of()(jax.random.key(2), seen)
+        ordered = invjax.metrics.matched(found, batch)
+        assert invjax.metrics.mse(ordered.inputs, batch.inputs).max() < 1e-25
+        assert not found.found.any()
+
+
 def test_single_precision_and_many_victims_at_once():
     """Measured: MSE of 1e-14 to 1e-11 up to ten samples."""
     victims = [batch_of(6, seed) for seed in range(4)]

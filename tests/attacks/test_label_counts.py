@@ -158,6 +158,7 @@ def test_share_of_wrong_labels(digits, size, form, limit):
     assert wrong(digits, size, form) < limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "limit"), [("weight", 0.2), ("bias", 0.1)])
 def test_share_of_wrong_labels_after_local_training(digits, form, limit):
     local = LocalTraining(epochs=2, batch_size=5, num_samples=20, learning_rate=0.1)

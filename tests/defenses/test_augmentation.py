@@ -324,7 +324,7 @@ def test_names_tell_defenses_apart():
     assert repr(ats("3", crop_padding=0, flip=False)) == "ats('3', crop_padding=0, flip=False)"
 
 
-@pytest.mark.parametrize("kind", ["mlp", "lenet"])
+@pytest.mark.parametrize("kind", ["mlp", pytest.param("lenet", marks=pytest.mark.slow)])
 def test_an_attack_recovers_the_transformed_image_and_not_the_private_one(kind, key):
     """Check 11: the defence leaves T(x) in the open; what it hides is what T itself destroyed."""
     models = {

@@ -21,17 +21,29 @@ def observed(widths, classes, size, *, victims=1, double=True, defense=None, **g
     rows = np.stack([rng.permutation(len(digits))[:size] for _ in range(victims)])
     inputs, labels = invjax.datasets.take(digits, rows)
     batches = invjax.Batch(jnp.asarray(inputs, dtype), jnp.asarray(labels) % classes)
-    model = models.mlp(widths, classes, init="he")
+    model = network(widths, classes)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), model.init(jax.random.key(0), SHAPE))
     keys = jax.random.split(jax.random.key(1), victims)
-    seen = jax.vmap(
+    observe = jax.vmap(
         lambda key, batch: invjax.observe(key, model, params, batch, defense, **granted)
-    )(keys, batches)
+    )
+    seen = jax.jit(observe)(keys, batches)
     return model, batches, seen, keys
 
 
+@functools.cache
+def network(widths, classes):
+    return models.mlp(widths, classes, init="he")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def scan(model, settings, keys, seen):
+    return jax.vmap(row_scan(model, **dict(settings)))(keys, seen)
+
+
 def scanned(model, seen, keys, **settings):
-    return jax.jit(jax.vmap(row_scan(model, **settings)))(keys, seen)
+    """All victims at once; one program for all of the same shapes."""
+    return scan(model, tuple(settings.items()), keys, seen)
 
 
 def recovered(batches, found):
@@ -114,7 +126,7 @@ def test_a_batch_beyond_its_reach_is_left_unfound(double):
         found = scanned(model, seen, keys)
         share, wrong = recovered(batches, found)
         assert wrong == 0 and 0 < share.mean() < 0.9
-        assert (found.found.mean(axis=1) <= share).all()
+        assert (np.asarray(found.found).mean(axis=1) <= share + 1e-9).all()
         assert found.objective.max() > 0.1
 
 

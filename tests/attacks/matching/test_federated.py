@@ -69,7 +69,14 @@ def small(digits):
 
 
 # Epochs, mini-batches that divide the samples or do not, or hold them all; a loop of 18 steps.
-@pytest.mark.parametrize(("epochs", "batch_size", "num_samples"), [(3, 2, 5), (2, 9, 3), (6, 1, 3)])
+@pytest.mark.parametrize(
+    ("epochs", "batch_size", "num_samples"),
+    [
+        (3, 2, 5),
+        pytest.param(2, 9, 3, marks=pytest.mark.slow),
+        pytest.param(6, 1, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_the_simulation_is_the_client(digits, epochs, batch_size, num_samples):
     model = invjax.models.mlp((8,))
     local = round_of(epochs, batch_size, num_samples)
@@ -119,6 +126,7 @@ def test_shares_fill_the_mini_batches():
     np.testing.assert_allclose(seen, [2 / 3, 2, 2 / 3, 2 / 3], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_derivatives_through_the_simulation(digits):
     """Against plain `jax.grad` throughout and against differences, in float64."""
     model = invjax.models.mlp((8,), activation="tanh")
@@ -305,6 +313,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "labels"), [("fedavg", "joint"), ("learned", "recovered"), ("surrogate", "joint")]
 )

@@ -37,9 +37,9 @@ def bayes(
     released attack does; `jensen` is the published surrogate, which a broad peak can fool;
     `exact_mc` estimates the mass itself.
 
-    Departures: the likelihood keeps weight one, as their annealing (`schedule="paper"`) costs about
-    a decibel; points are uniform in the ball (the authors' code draws radii that crowd its centre,
-    and does not use them).
+    Departures: the likelihood keeps weight one, as their annealing (`schedule="paper"`) gains or
+    costs up to a decibel with the weight of the prior, and has no meaning of its own; points are
+    uniform in the ball (the authors' code draws radii that crowd its centre, and does not use them).
 
     Args:
       model: the model.

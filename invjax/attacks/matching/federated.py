@@ -170,7 +170,7 @@ def fedavg(
       learning_rate: of Adam, in input units, times 0.995 every 10 steps.
       num_steps: steps.
       restarts: independent starts.
-      labels: `known`; `recovered` from label counts; `joint`.
+      labels: `known`; `recovered`, as of one gradient, or see `label_counts.labels_of`; `joint`.
       **settings: of `gradient_matching`; an `objective` sees updates unscaled, see `per_step`.
 
     Returns:
@@ -247,7 +247,8 @@ def surrogate(
       num_steps: steps.
       restarts: independent starts, each with its own `alpha`.
       labels: `known` as published; `recovered` or `joint`.
-      **settings: of `gradient_matching`; `optimizer` is that of all but `alpha`.
+      **settings: of `gradient_matching`; `optimizer` is that of all but `alpha`. An `objective`
+        compares one gradient with the whole update, so it must not see lengths, as a cosine.
 
     Returns:
       The attack, for observations with the facts of a local training by SGD.

@@ -219,6 +219,7 @@ def gradient_matching(
             return variables
 
         keys = jax.random.split(key, restarts)
+        ball_keys = jnp.broadcast_to(jax.random.fold_in(key, restarts), (restarts,))
         variables = jax.vmap(start)(keys)
         context = prepare(observation, variables)
         count = jnp.zeros((), jnp.int32)
@@ -231,7 +232,7 @@ def gradient_matching(
                 state = optax.tree.set(state, value=value, grad=gradient)
             return value, gradient, state
 
-        value, gradient, optimizer_state = jax.vmap(evaluate)(variables, keys)
+        value, gradient, optimizer_state = jax.vmap(evaluate)(variables, ball_keys)
         return State(
             variables=variables,
             optimizer=optimizer_state,
@@ -245,7 +246,8 @@ def gradient_matching(
             trace=jnp.full((restarts, num_steps + 1), jnp.nan).at[:, 0].set(value),
             count=count,
             labels=fixed,
-            keys=None if ball is None else keys,
+            # Restarts share the points, by which they are compared; no start was drawn from this key.
+            keys=None if ball is None else ball_keys,
         )
 
     def advance(variables, optimizer_state, value, gradient, key, fixed, context, count):

@@ -128,7 +128,7 @@ ESTIMATES = {
     "wrong prior": linear_estimate(25 * np.eye(D), np.zeros(D)),
 }
 DELTAS = np.array([0.5, 1.0, 1.5, 2.0], np.float32)
-DRAWS = 100_000
+DRAWS = 200_000
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +146,13 @@ def test_risk_is_that_of_the_posterior(risks):
     eigenvalues = np.linalg.eigvalsh(covariance)
     squares = RNG.normal(size=(2_000_000, D)) ** 2 @ eigenvalues
     analytic = [(squares > delta**2).mean() for delta in DELTAS]
-    np.testing.assert_allclose(risks["bayes"].value, analytic, atol=0.005)
+    np.testing.assert_allclose(risks["bayes"].value, analytic, atol=0.004)
     np.testing.assert_allclose(
         jnp.mean(jnp.square(risks["bayes"].distances)), np.trace(covariance), rtol=0.01
     )
     likelihood = STD**2 * np.trace(np.linalg.inv(A.T @ A))
     np.testing.assert_allclose(
-        jnp.mean(jnp.square(risks["likelihood"].distances)), likelihood, rtol=0.02
+        jnp.mean(jnp.square(risks["likelihood"].distances)), likelihood, rtol=0.01
     )
 
 
@@ -160,17 +160,20 @@ def test_nothing_beats_the_bayes_adversary(risks):
     for name in ("likelihood", "wrong prior"):
         worse = risks[name].value - risks["bayes"].value
         assert (worse >= -2 * risks[name].standard_error).all() and worse.max() > 0.1
+    # Beyond the smallest radius all three are apart.
+    for better, worse in (("bayes", "likelihood"), ("likelihood", "wrong prior")):
+        assert (risks[better].value < risks[worse].value)[1:].all()
 
 
 def test_risk_is_one_less_the_mass_in_the_ball():
     """`R = 1 - E_g int_B(f(g), delta) p(x | g) dx`, for an adversary that is not optimal."""
-    delta, number = 1.5, 400
+    delta, number = 1.5, 9000
     _, covariance = posterior(np.zeros(P))
     keys = jax.random.split(jax.random.key(5), number)
     gradients = jax.vmap(lambda key: draw(key)[1].gradient)(keys)
     guesses = np.asarray(jax.vmap(ESTIMATES["likelihood"])(gradients))
     means, _ = posterior(gradients)
-    points = RNG.normal(size=(5000, D)) @ np.linalg.cholesky(covariance).T
+    points = RNG.normal(size=(1000, D)) @ np.linalg.cholesky(covariance).T
     inside = [
         (np.linalg.norm(points + mean - guess, axis=1) <= delta).mean()
         for mean, guess in zip(means, guesses, strict=True)
@@ -178,8 +181,7 @@ def test_risk_is_one_less_the_mass_in_the_ball():
     found = attacks.risk(
         closed_form(ESTIMATES["likelihood"]), draw, jax.random.key(6), delta, 50_000
     )
-    tolerance = 3 * np.std(inside) / np.sqrt(number)
-    np.testing.assert_allclose(found.value, 1 - np.mean(inside), atol=tolerance)
+    np.testing.assert_allclose(found.value, 1 - np.mean(inside), atol=0.005)
 
 
 def test_risk_of_the_attack_itself():

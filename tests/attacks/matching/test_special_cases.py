@@ -102,9 +102,9 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_published_objective_is_a_posterior(name, victim):
-    model, observation = victim
+    (model, observation), key = victim, jax.random.key(3)
     preset, bayes = (
-        make(model, initializer=normal(), constraint=None).init(jax.random.key(3), observation)
+        jax.jit(make(model, initializer=normal(), constraint=None).init)(key, observation)
         for make in CASES[name]
     )
     # From the same start.
@@ -120,12 +120,12 @@ def test_the_batch_divides_the_noise_of_every_sample(victim):
     """Noise on each of `B` gradients is `std / sqrt(B)` on their mean, in the channel too."""
     model, observation = victim
     assumed, matched = (
-        attacks.bayes(model, defense, initializer=normal(), constraint=None, **settings)
-        .init(jax.random.key(3), observation)
-        .gradient["inputs"]
+        jax.jit(
+            attacks.bayes(model, defense, initializer=normal(), constraint=None, **settings).init
+        )(jax.random.key(3), observation).gradient["inputs"]
         for defense, settings in (
             (invjax.chain(), {"objective": likelihoods.gaussian(0.3, per_sample=True)}),
-            (invjax.defenses.gaussian_noise(0.3 / math.sqrt(2)), {}),
+            (invjax.defenses.gaussian_noise(0.3, per_sample=True), {}),
         )
     )
     np.testing.assert_allclose(assumed, matched, atol=1e-5 * np.abs(matched).max())

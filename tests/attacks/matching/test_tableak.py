@@ -158,7 +158,8 @@ def test_accuracy_is_that_of_the_best_order():
     ]
     assert accuracy(SCHEMA, guess, truth).mean() == pytest.approx(max(every))
     ordered = guess[match(SCHEMA, guess, truth)]
-    assert (np.asarray(tabular.decode(SCHEMA, ordered))[:, 0] == table[0][:, 0]).mean() > 0
+    decoded = np.asarray(tabular.decode(SCHEMA, ordered))
+    assert (np.abs(table[0] - decoded) < tolerance).mean() == pytest.approx(max(every))
     np.testing.assert_array_equal(match(SCHEMA, ordered, truth), range(5))
 
 
@@ -344,6 +345,7 @@ def on_adult(data_dir, number, size, **settings):
     return schema, found, batches, *accuracies
 
 
+@pytest.mark.slow
 def test_adult_small(data_dir):
     *_, full, plain = on_adult(data_dir, 2, 16, num_steps=400, restarts=6)
     assert full >= max(0.95, plain + 0.1)

@@ -2,7 +2,9 @@
 
 import pytest
 
-from invjax import cli
+from invjax import cli, models
+from invjax.cli.audit import verdict
+from invjax.theory.security_index import security_index
 
 
 @pytest.fixture
@@ -40,6 +42,16 @@ def test_a_deep_gap(audit):
     assert "c(M) = -2266: no exact recovery" in text and "layer 1: 4533 of 5400" in text
     assert "closed by the gradients of earlier layers" in text
     assert "once their output is known: 0." in text
+
+
+def test_a_gap_too_small_for_the_rounded_index():
+    """One equation short in the last of three layers: a third, which rounds to nothing."""
+    found = security_index(models.by_name("lenet2", 10), (16, 16, 3))
+    *front, last = found.layers
+    layers = (*front, last._replace(rank=last.unknowns - 1, deficit=-1, term=0))
+    text = "\n".join(verdict(found._replace(layers=layers, exact=False), ()))
+    assert "c(M) = 0: no exact recovery" in text
+    assert f"layer 2: 1 of {last.unknowns} unknowns" in text
 
 
 def test_a_gap_in_the_first_layer(audit):

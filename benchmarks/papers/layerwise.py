@@ -84,8 +84,10 @@ def index(options) -> list[dict]:
         c = theory.security_index(model, shape).index
         rows.append({"network": name, "c(M)": c, "MSE": float(f"{np.median(errors):.2g}")})
         print(rows[-1], flush=True)
-    correlation = scipy.stats.spearmanr(*zip(*((r["c(M)"], r["MSE"]) for r in rows), strict=True))
-    print(f"Spearman correlation of c(M) and MSE: {correlation.statistic:.2f}")
+    indices, errors = np.array([(r["c(M)"], r["MSE"]) for r in rows]).T
+    for title, values in (("", errors), (", exact results as ties", np.maximum(errors, 1e-20))):
+        correlation = scipy.stats.spearmanr(indices, values).statistic
+        print(f"Spearman correlation of c(M) and MSE{title}: {correlation:.2f}")
     if options.figure:
         drawing = Figure(figsize=(5, 4), dpi=130, layout="constrained")
         axis = drawing.subplots()

@@ -107,9 +107,9 @@ def hybrid(
       tolerance: as for `layerwise`; also what `ours` takes for solved.
 
     Returns:
-      The attack, as `layerwise`; `found` is true where that would find the image. Corrections run in
-      single precision, in a compiled loop. `diagnostics` holds those of `layerwise`: residuals are
-      those before the corrections.
+      The attack, as `layerwise`; `found` is true where that would find the image and no correction
+      has moved it, so never by `paper`. Corrections run in single precision, in a compiled loop.
+      `diagnostics` holds those of `layerwise`: residuals are those before the corrections.
 
     Raises:
       ValueError: as `layerwise`; a schedule that is none, a number below zero in it, and at its use
@@ -138,7 +138,7 @@ def hybrid(
         return dict(zip(indices, each, strict=True))
 
     def check(observation: Observation) -> None:
-        check_layerwise(model, observation, solver)
+        check_layerwise(model, observation, solver, "hybrid")
         corrections(observation)
 
     def init(key: Array, observation: Observation) -> Reconstruction:
@@ -161,8 +161,11 @@ def hybrid(
                 return improve(inputs)
             return jax.lax.cond(solved, lambda inputs: inputs, improve, inputs)
 
+        # An adaptive correction moves no solved layer; another one moves every layer.
+        moved = any(plan.steps and not plan.adaptive for plan in planned.values())
         with jax.default_matmul_precision("highest"):
-            return reconstruct(model, observation, solver, branch, rtol, tolerance, correct)
+            result = reconstruct(model, observation, solver, branch, rtol, tolerance, correct)
+        return result._replace(found=result.found & (not moved))
 
     return Attack(
         init,

@@ -175,7 +175,7 @@ def _recovery(found: SecurityIndex) -> str:
             "The recursion ends before the first layer, and c(M) is not defined. This is no "
             "protection: other attacks need no recursion."
         )
-    worst = min(found.layers, key=lambda layer: layer.term or 0)
+    worst = min(found.layers, key=lambda layer: (layer.term or 0, layer.deficit or 0))
     text = (
         f"c(M) = {found.index}: no exact recovery layer by layer. Most is missing at layer "
         f"{worst.position}: {-(worst.deficit or 0)} of {worst.unknowns} unknowns."

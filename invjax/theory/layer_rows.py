@@ -125,10 +125,14 @@ def stage(layers: Layers, position: int, input_shape: tuple[int, int, int]) -> S
         curved = [name for name in names if name != "identity"]
         if layer.kind == "max_pool":
             problem = problem or "the max-pool behind it does not say which pixel it passed on"
+        elif layer.kind == "global_average_pool" and not curved:
+            # Its rows are linear and counted, but `layerwise` does not undo it.
+            problem = problem or "the global average pool behind it is not undone layer by layer"
+            pools.append(0)
         elif layer.kind != "flatten" and curved:
             problem = problem or f"the pool behind its {curved[0]} hides outputs and slopes"
         elif layer.kind != "flatten":
-            pools.append(0 if layer.window is None else layer.window[0])
+            pools.append(1 if layer.window is None else layer.window[0])
         names.append(layer.activation)
     for name in names:
         if name not in (*INVERTIBLE, "relu"):
@@ -170,6 +174,8 @@ def beside_convolutions(layers: Layers, shapes: list[tuple]) -> tuple[str, str]:
     front = layers[: weighted[0]]
     if any(layer.kind != "flatten" or layer.activation != "identity" for layer in front):
         problem = problem or "a pool or activation comes before the first layer with weights"
+    if any(layer.kind == "flatten" and layer.activation != "identity" for layer in layers):
+        problem = problem or "a flatten has an activation of its own"
     return problem, note
 
 

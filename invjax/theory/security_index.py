@@ -12,6 +12,7 @@ counts them all, for any attack, near the sample. Both are ours. Host code; rank
 """
 
 import functools
+from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -36,6 +37,7 @@ class LayerIndex(NamedTuple):
     Attributes:
       position: of the layer in the chain.
       unknowns: numbers in its input.
+      mode: of the ranks: `closed` (formulas) or `numeric`.
       rank: of the rows that the recursion can write down; `None` where it cannot get that far.
       deficit: `rank - unknowns`, 0 where the input is determined; `None` with the rank.
       weight: of the deficit in the index: 1 for the first convolution, 1/d for the last of d.
@@ -51,6 +53,7 @@ class LayerIndex(NamedTuple):
 
     position: int
     unknowns: int
+    mode: Mode
     rank: int | None
     deficit: int | None
     weight: float
@@ -167,11 +170,11 @@ def security_index(
     found: list[LayerIndex] = []
     for number in reversed(range(len(stages))):
         here = f"not reached: {stopped}" if stopped else stages[number].problem
-        found.insert(0, _entry(stages[number], ranks[number], number, len(stages), here))
+        weight = Fraction(len(stages) - number, len(stages))
+        found.insert(0, _entry(stages[number], ranks[number], weight, here, mode))
         if here and not stopped:
             stopped = f"the recursion ends at layer {positions[number]}"
-    terms = [entry.term for entry in found if entry.term is not None]
-    index = sum(terms) if not stopped else None
+    index = None if stopped else sum(entry.term or 0 for entry in found)
     exact = not stopped and all(entry.deficit == 0 for entry in found)
     return SecurityIndex(index, exact, tuple(found), reason)
 
@@ -189,22 +192,17 @@ def _ranks(
     if params is not None and batch is not None:
         draws = layer_rows.draws_of_sample(model, stages, params, batch)
     else:
-        weights: list[Any] = [None] * len(stages)
-        if params is not None:
-            view = layers_of(model, params)
-            weights = [view[stage.position].weight for stage in stages]
+        view = () if params is None else layers_of(model, params)
+        weights: dict[int, Any] = {i: layer.weight for i, layer in enumerate(view)}
         key = jax.random.key(0) if key is None else key
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         draws = [
-            layer_rows.random_draw(rng, stage, weight)
-            for stage, weight in zip(stages, weights, strict=True)
+            layer_rows.random_draw(rng, stage, weights.get(stage.position)) for stage in stages
         ]
-    return [
-        layer_rows.numerical_ranks(stage, draw) for stage, draw in zip(stages, draws, strict=True)
-    ]
+    return [layer_rows.numerical_ranks(*pair) for pair in zip(stages, draws, strict=True)]
 
 
-def _entry(stage: Stage, ranks: Ranks, number: int, count: int, blocked: str) -> LayerIndex:
+def _entry(stage: Stage, ranks: Ranks, weight: Fraction, blocked: str, mode: Mode) -> LayerIndex:
     shape = stage.shape
     rank, rows, reason = ranks.joint, "all", blocked
     if blocked:
@@ -222,11 +220,11 @@ def _entry(stage: Stage, ranks: Ranks, number: int, count: int, blocked: str) ->
     return LayerIndex(
         position=stage.position,
         unknowns=shape.unknowns,
+        mode=mode,
         rank=rank,
         deficit=deficit,
-        weight=(count - number) / count,
-        # Product before quotient, so that a half is a half.
-        term=None if deficit is None else round(deficit * (count - number) / count),
+        weight=float(weight),
+        term=None if deficit is None else round(deficit * weight),
         rows=rows,
         gradient_rank=ranks.gradient,
         joint_rank=ranks.joint,

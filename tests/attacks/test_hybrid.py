@@ -71,10 +71,12 @@ def test_a_solved_layer_is_left_alone_unless_as_published():
     _, found = errors(hybrid(model), batches, seen, keys)
     np.testing.assert_array_equal(found.inputs, plain.inputs)
     assert found.found.all() and before.max() < 1e-9
-    published, _ = errors(
-        hybrid(model, schedule=[Correction(300, 1.0, 1.0, 0.05)]), batches, seen, keys
-    )
-    assert published.max() > 1e-6
+    correction = Correction(300, 1.0, 1.0, 0.05)
+    published, found = errors(hybrid(model, schedule=[correction]), batches, seen, keys)
+    assert published.max() > 1e-6 and not found.found.any()
+    _, found = errors(hybrid(model, schedule=[correction._replace(steps=0)]), batches, seen, keys)
+    np.testing.assert_array_equal(found.inputs, plain.inputs)
+    assert found.found.all()
 
 
 @pytest.mark.slow

@@ -22,13 +22,13 @@ def test_derivatives_by_hand_are_those_of_the_model():
         gradient = jax.grad(model.loss)(params, invjax.Batch(inputs, labels))
         dense = layers.dense_layers(model, params)
         values = layers.preactivations(dense, inputs)
-        np.testing.assert_allclose(values[-1], model.apply(params, inputs), atol=1e-14)
+        np.testing.assert_allclose(values[-1], model.apply(params, inputs), rtol=0, atol=1e-14)
         deltas = layers.backpropagate(dense, values, layers.loss_vectors(values[-1], labels))
         activations = [inputs, *(jnp.maximum(value, 0) for value in values[:-1])]
         theirs = layers.dense_layers(model, gradient)
         for activation, delta, layer in zip(activations, deltas, theirs, strict=True):
-            np.testing.assert_allclose(activation.T @ delta / 4, layer.weight, atol=1e-14)
-            np.testing.assert_allclose(delta.mean(axis=0), layer.bias, atol=1e-14)
+            np.testing.assert_allclose(activation.T @ delta / 4, layer.weight, rtol=0, atol=1e-14)
+            np.testing.assert_allclose(delta.mean(axis=0), layer.bias, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("make", [models.lenet, models.cnn, models.mlp])
@@ -37,7 +37,7 @@ def test_layers_compose_to_the_model(make):
     params = model.init(jax.random.key(0), (28, 28, 1))
     inputs = jax.random.uniform(jax.random.key(1), (2, 28, 28, 1))
     composed = layers.apply_layers(layers.layers_of(model, params), inputs)
-    np.testing.assert_allclose(composed, model.apply(params, inputs), atol=1e-5)
+    np.testing.assert_allclose(composed, model.apply(params, inputs), rtol=0, atol=1e-5)
 
 
 def test_the_head_of_a_convolutional_network():

@@ -17,15 +17,15 @@ from invjax.models.layers import Layers
 
 
 class Block(NamedTuple):
-    """A weighted layer of a chain, with the average pool that may follow a convolution. Static.
+    """A weighted layer of a chain, with the average pools that may follow a convolution. Static.
 
     Attributes:
       index: of the layer in the chain.
-      activation: after the layer, or after its pool.
+      activation: after the layer, or after its pools.
       input_shape: of the layer's input, without a batch axis.
-      output_shape: after the pool.
+      output_shape: after the pools.
       shape: of a convolution; `None` for a dense layer.
-      pool: window of the pool; 1 without.
+      pool: window of the pools, several as one; 1 without.
       solver: of a convolution.
     """
 
@@ -72,9 +72,10 @@ def blocks_of(
             blocks.append(Block(index, layer.activation, shape, after))
             shape = after
         elif layer.kind == "conv" and len(shape) == 3:
-            blocks.append(_convolution(layers, index, shape))
-            shape = blocks[-1].output_shape
-            index += blocks[-1].pool > 1
+            block, pools = _convolution(layers, index, shape)
+            blocks.append(block)
+            shape = block.output_shape
+            index += pools
         else:
             raise NotImplementedError(
                 f"Layer {index} of {model.name}, {layer.kind} with the activation "
@@ -90,17 +91,21 @@ def blocks_of(
     return tuple(blocks)
 
 
-def _convolution(layers: Layers, index: int, shape: tuple[int, ...]) -> Block:
+def _convolution(layers: Layers, index: int, shape: tuple[int, ...]) -> tuple[Block, int]:
+    """A convolution with the average pools before its activation, and their number."""
     layer = layers[index]
     height, width, channels = shape
     sizes = geometry(layer, (height, width, channels))
-    pool, activation = 1, layer.activation
-    after = layers[index + 1] if index + 1 < len(layers) else None
-    if after is not None and after.kind == "average_pool" and activation == "identity":
+    pool, pools, activation = 1, 0, layer.activation
+    for after in layers[index + 1 :]:
+        if after.kind != "average_pool" or activation != "identity":
+            break
         assert after.window is not None
-        pool, activation = after.window[0], after.activation
+        # Pools without overlap crop the same pixels as one of the product of their windows.
+        pool, pools, activation = pool * after.window[0], pools + 1, after.activation
     rows, columns = (size // pool for size in sizes.output)
-    return Block(index, activation, shape, (rows, columns, sizes.filters), sizes, pool)
+    block = Block(index, activation, shape, (rows, columns, sizes.filters), sizes, pool)
+    return block, pools
 
 
 def _with_solvers(

@@ -39,7 +39,7 @@ inverses: dict[str, Inverse] = {
     "leaky_relu_0.2": _leaky(0.2),
     "tanh": Inverse(jnp.arctanh, lambda a: 1 - a**2, -1.0, 1.0),
     "sigmoid": Inverse(jax.scipy.special.logit, lambda a: a * (1 - a), 0.0, 1.0),
-    "softplus": Inverse(lambda a: jnp.log(jnp.expm1(a)), lambda a: -jnp.expm1(-a), 0.0),
+    "softplus": Inverse(lambda a: a + jnp.log(-jnp.expm1(-a)), lambda a: -jnp.expm1(-a), 0.0),
     "elu": Inverse(
         lambda a: jnp.where(a < 0, jnp.log1p(jnp.minimum(a, 0)), a),
         lambda a: jnp.where(a < 0, a + 1, 1.0),

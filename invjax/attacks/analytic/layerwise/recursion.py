@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from invjax.attacks import labels as label_recovery
+from invjax.attacks.analytic.checks import check_one_step
 from invjax.attacks.analytic.layerwise import bootstrap
 from invjax.attacks.analytic.layerwise.chains import Block, blocks_of, conv_signal, pull_back
 from invjax.attacks.analytic.layerwise.inverses import invert
 from invjax.attacks.analytic.layerwise.solvers import Report, Solver, solve
 from invjax.attacks.matching.priors import input_bounds
-from invjax.base import Array, Attack, Model, Observation, Reconstruction
+from invjax.base import Array, Attack, Batch, Model, Observation, Reconstruction
 from invjax.defenses.checks import check as check_number
 from invjax.defenses.checks import choose
-from invjax.models.layers import Layers, layers_of
+from invjax.models.layers import Layers, apply_layer, layers_of
+from invjax.models.losses import cross_entropy
 from invjax.observe import check_observation, per_step_gradient
 
 Branch = Literal[0, -1] | None
@@ -62,9 +64,16 @@ def layerwise(
     activation is read off its output, and then a convolution's input satisfies weight rows (its
     output is known) and gradient rows (so is its gradient). `gradient_only` is R-CONV (2024).
 
-    Covered besides: biases of convolutions, strides, padding, an average pool between a convolution
+    Covered besides: biases of convolutions, strides, padding, average pools between a convolution
     and its activation, dense layers within (from their gradient alone), ReLU (outputs above zero
     alone count as weight rows), one logit or several, with a bias or without.
+
+    With one logit, no bias anywhere and activations that are positively homogeneous (CNN6), the
+    gradient of `t x` is that of `x` but for a factor. If a defense may have rescaled it (clipping),
+    the brightness cannot be verified: too bright an image leaves the input range and is not found,
+    but one too dark is in range, and `found` is then true of a wrong brightness. Several logits
+    without a bias tell by the curvature of softmax, and the less the nearer they are to each other:
+    a factor of 2 may leave a residual of 5e-3, which passes in single precision.
 
     Departures: null-space elimination in place of a pseudo-inverse; margins in closed form; outputs
     near the limits of an activation are not clipped unless they are at them.
@@ -82,9 +91,10 @@ def layerwise(
     Returns:
       The attack, a closed form for batches of one. It runs in the observation's precision, its
       linear algebra on the host in float64. The labels are those granted, or read off the head.
-      `found` is true where every layer is of full rank and solved. Of several candidates (branches,
-      labels) the consistent one counts that lies in the input range, of several such the largest,
-      and then nothing is found: their gradients are the same. The objective is the largest residual.
+      `found` is true where every layer is of full rank and solved and the image lies in the input
+      range. Of several candidates (branches, labels) the consistent one counts that does, of several
+      such the largest, and then nothing is found: their gradients are the same. The objective is the
+      largest residual.
       `diagnostics`, an entry for every weighted layer from the input to the head: `unknowns`,
       `rank`, `smallest` and `residual` of `solvers.Report`; and `candidates`, those consistent.
 
@@ -96,7 +106,7 @@ def layerwise(
     check_settings(solver, branch, rtol, tolerance)
 
     def check(observation: Observation) -> None:
-        check_layerwise(model, observation, solver)
+        check_layerwise(model, observation, solver, "layerwise")
 
     def init(key: Array, observation: Observation) -> Reconstruction:
         del key
@@ -135,7 +145,7 @@ def check_settings(
 
 
 def check_layerwise(
-    model: Model, observation: Observation, solver: Solver | Sequence[Solver]
+    model: Model, observation: Observation, solver: Solver | Sequence[Solver], name: str
 ) -> None:
     """Refuse what a layer-wise attack cannot use.
 
@@ -143,6 +153,7 @@ def check_layerwise(
       model: the model.
       observation: what the adversary was granted.
       solver: as for `layerwise`.
+      name: the attack's, for messages.
 
     Raises:
       ValueError: as `layerwise` says.
@@ -150,14 +161,10 @@ def check_layerwise(
     """
     check_observation(model, observation)
     facts = observation.facts
-    if facts.local is not None and facts.local.num_steps != 1:
-        raise ValueError(
-            "The layer-wise attacks read the gradient of one step, got an update of "
-            f"{facts.local.num_steps} local steps."
-        )
+    check_one_step(observation, name)
     if facts.batch_size != 1:
         raise ValueError(
-            "The layer-wise attacks read one sample: the observation's batch_size must be 1, "
+            f"{name} reads one sample: the observation's batch_size must be 1, "
             f"got {facts.batch_size}."
         )
     blocks_of(model, layers_of(model, observation.params), facts.input_shape, solver)
@@ -267,7 +274,14 @@ def walk(
       The image, and the reports of all blocks, stacked from the input to the head.
     """
     inputs, signal = start.inputs, start.signal
-    reports = [dense_report(weight_of(gradients, blocks[-1]), inputs, signal)]
+    head = layers[blocks[-1].index]
+    again = signal
+    if head.bias is None:
+        # The factor between input and signal is not in the gradient; a rescaled one shows here.
+        logits = apply_layer(head, inputs[None])
+        loss = cross_entropy(lambda logits, _: logits)
+        again = jax.grad(loss)(logits, Batch(inputs[None], start.labels[None]))[0]
+    reports = [dense_report(weight_of(gradients, blocks[-1]), inputs, signal, (signal, again))]
     for block, above in zip(blocks[-2::-1], blocks[:0:-1], strict=True):
         derivative = pull_back(above, weight_of(layers, above), signal)
         outputs = inputs.reshape(block.output_shape)
@@ -280,7 +294,8 @@ def walk(
             if signal is None:
                 signal = derivative * invert(block.activation, outputs)[2]
             inputs = bootstrap.rank_one_input(observed, signal)
-            reports.append(dense_report(observed, inputs, signal))
+            again = apply_layer(layers[block.index], inputs[None])[0]
+            reports.append(dense_report(observed, inputs, signal, (outputs, again)))
             continue
         before, known, slope = invert(block.activation, outputs)
         if bias is not None:
@@ -313,25 +328,31 @@ def weight_of(layers: Layers, block: Block) -> Array:
     return weight
 
 
-def dense_report(gradient: Array, inputs: Array, signal: Array) -> Report:
+def dense_report(
+    gradient: Array, inputs: Array, signal: Array, same: tuple[Array, Array]
+) -> Report:
     """How well a dense layer's gradient is the product of its input and its signal.
 
     Args:
       gradient: `[in, out]`.
       inputs: `[in]`.
       signal: `[out]`.
+      same: what else must agree: known, and as the input has it.
 
     Returns:
       The report: of full rank unless the signal is zero.
     """
     alive = (signal != 0).any()
-    wrong = jnp.linalg.norm(gradient - inputs[:, None] * signal[None])
-    size = jnp.linalg.norm(gradient)
+
+    def error(known: Array, found: Array) -> Array:
+        size = jnp.linalg.norm(known)
+        return jnp.linalg.norm(known - found) / jnp.where(size > 0, size, 1.0)
+
     return Report(
         jnp.asarray(inputs.size, jnp.int32),
         jnp.where(alive, inputs.size, 0).astype(jnp.int32),
         alive.astype(inputs.dtype),
-        wrong / jnp.where(size > 0, size, 1.0),
+        jnp.maximum(error(gradient, inputs[:, None] * signal[None]), error(*same)),
     )
 
 
@@ -363,5 +384,4 @@ def choice(
     size = jnp.linalg.norm(images.reshape(images.shape[0], -1), axis=1)
     chosen = jnp.lexsort((-size, beyond, ~consistent))[0]
     inside = solved & (beyond == 0)
-    alone = (solved.sum() == 1) | (inside[chosen] & (inside.sum() == 1))
-    return chosen, solved[chosen] & alone, consistent
+    return chosen, inside[chosen] & (inside.sum() == 1), consistent

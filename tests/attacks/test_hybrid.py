@@ -48,6 +48,7 @@ def errors(attack, batches, seen, keys):
     return jnp.mean((found.inputs - batches.inputs) ** 2, axis=(1, 2, 3, 4)), found
 
 
+@pytest.mark.slow
 def test_a_deficient_layer_gains_by_the_prior_alone():
     """6/4/2/0 at 16x16, three victims: halved by either weights; without the prior nothing moves."""
     model = network(DEFICIENT)

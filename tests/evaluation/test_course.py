@@ -58,6 +58,15 @@ def test_a_model_learns_under_a_defense(defense):
     assert found[0].accuracy < 0.3 and found[1].accuracy > 0.75
 
 
+def test_a_model_learns_under_augmentation():
+    """A crop of 4 of 8 pixels, the default, would leave nothing to learn."""
+    training, held_out = utility.split(DIGITS)
+    optimizer, policy = optax.adam(1e-2), "21-13-3+7-4-15"
+    gentle = defenses.ats(policy, crop_padding=0, flip=False)
+    found = utility.train(MODEL, training, held_out, gentle, steps=(0, 300), optimizer=optimizer)
+    assert found[1].accuracy > 0.5 > 0.3 > found[0].accuracy
+
+
 def test_a_bottleneck_learns():
     training, held_out = utility.split(DIGITS)
     protected = defenses.precode(models.mlp((32,), num_classes=16), 10, bottleneck=8)
@@ -96,6 +105,8 @@ def test_the_gradient_knows_the_transformed_batch(rows):
     for row in rows:
         if row["attack"] == "bias trick":
             assert row["prepared_psnr"] > 60 > 20 > row["psnr"]
+        elif row["step"] == 0:
+            assert row["prepared_psnr"] > 25 and row["psnr"] < 20
     # The same victims at every step.
     labels = {(row["victim"], row["label"]) for row in rows}
     assert len(labels) == 3

@@ -105,6 +105,7 @@ def test_cnn6_exactly(size, bound, ranks):
         assert found.diagnostics["smallest"].min() > 1e-4
 
 
+@pytest.mark.slow
 def test_cnn6_in_single_precision_and_without_the_label():
     model, batch, seen = cnn6_observed(16)
     seen = seen._replace(params=cast(seen.params, jnp.float32))
@@ -299,6 +300,7 @@ def test_twins_have_the_same_gradients():
         assert found.diagnostics["candidates"] == 2
 
 
+@pytest.mark.slow
 def test_the_range_tells_twins_apart():
     """With a margin of a half the twin is five times as bright."""
     with jax.enable_x64(True):

@@ -223,6 +223,7 @@ def test_one_step_is_a_single_gradient(digits):
     )
 
 
+@pytest.mark.slow
 def test_alpha_moves_along_the_path(small):
     """Its slope is that of the loss at `w(alpha)` along `end - start`, and it stays in [0, 1]."""
     model, _, batch, observation, _ = small
@@ -343,6 +344,7 @@ def decibels(attack_of, data, seed=9):
     return np.asarray(jax.jit(jax.vmap(one))(keys, batch, observation, orders))
 
 
+@pytest.mark.slow
 def test_simulation_beats_a_single_gradient(digits):
     """In small: two epochs of two mini-batches of two. The next test is the whole check, its 10 dB."""
     model = invjax.models.mlp((64,))

@@ -219,6 +219,27 @@ class Attack:
         return _run_attack(self, key, observation)
 
 
+def closed_form(
+    solve: Callable[[Array, Observation], Reconstruction],
+    check: Callable[[Observation], None] | None = None,
+) -> Attack:
+    """An attack of no steps.
+
+    Args:
+      solve: `solve(key, observation) -> Reconstruction`, pure.
+      check: as `Attack.check`.
+
+    Returns:
+      The attack.
+    """
+    return Attack(
+        solve,
+        step=lambda observation, state: state,
+        result=lambda observation, state: state,
+        check=check,
+    )
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _run_attack(attack: Attack, key: Array, observation: Observation) -> Reconstruction:
     state = attack.init(key, observation)

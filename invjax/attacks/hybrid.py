@@ -18,7 +18,7 @@ from invjax.attacks.analytic.layerwise.recursion import (
 from invjax.attacks.analytic.layerwise.solvers import Solver
 from invjax.attacks.matching.objectives import cosine_per_layer
 from invjax.attacks.matching.priors import Context, total_variation
-from invjax.base import Array, Attack, Batch, Model, Observation, Reconstruction
+from invjax.base import Array, Attack, Batch, Model, Observation, Reconstruction, closed_form
 from invjax.defenses.checks import check as check_number
 from invjax.defenses.checks import choose
 from invjax.gradients import gradient_oracle
@@ -167,12 +167,7 @@ def hybrid(
             result = reconstruct(model, observation, solver, branch, rtol, tolerance, correct)
         return result._replace(found=result.found & (not moved))
 
-    return Attack(
-        init,
-        step=lambda observation, state: state,
-        result=lambda observation, state: state,
-        check=check,
-    )
+    return closed_form(init, check)
 
 
 def descend(

@@ -12,11 +12,11 @@ from invjax.attacks.analytic.imprints.imprint import (
     Rows,
     auxiliary_inputs,
     check_settings,
-    closed_form,
     exact_tolerance,
     flat_range,
     implied_bias,
     invert_rows,
+    row_attack,
 )
 from invjax.base import Array, Batch, Bound, Model, Observation, Params, Reconstruction
 from invjax.defenses.checks import check, choose
@@ -163,7 +163,7 @@ def robbing_the_fed(
             {"rows": found.rows, "certified": found.certified},
         )
 
-    return Imprint(block, plant, closed_form(block, invert, shape, "robbing_the_fed"))
+    return Imprint(block, plant, row_attack(block, invert, shape, "robbing_the_fed"))
 
 
 def measuring(key: Array, measurement: str, size: int, mode: int) -> Array:

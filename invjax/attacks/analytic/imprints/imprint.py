@@ -8,7 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from invjax.attacks.analytic.checks import check_one_step
-from invjax.base import Array, Attack, Batch, Bound, Model, Observation, Params, Reconstruction
+from invjax.base import (
+    Array,
+    Attack,
+    Batch,
+    Bound,
+    Model,
+    Observation,
+    Params,
+    Reconstruction,
+    closed_form,
+)
 from invjax.observe import check_observation
 
 
@@ -154,7 +164,7 @@ def flat_range(input_range: tuple[Bound, Bound], input_shape: tuple[int, ...], d
     )
 
 
-def closed_form(
+def row_attack(
     model: Model,
     invert: Callable[[Observation], Reconstruction],
     input_shape: tuple[int, ...],
@@ -191,12 +201,7 @@ def closed_form(
         if not several_steps:
             check_one_step(observation, name)
 
-    return Attack(
-        init,
-        step=lambda observation, state: state,
-        result=lambda observation, state: state,
-        check=check,
-    )
+    return closed_form(init, check)
 
 
 def check_settings(model: Model, input_shape: Sequence[int], **whole: int) -> tuple[int, ...]:

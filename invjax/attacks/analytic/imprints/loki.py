@@ -23,11 +23,11 @@ from invjax.attacks.analytic.imprints.imprint import (
     Rows,
     auxiliary_inputs,
     check_settings,
-    closed_form,
     exact_tolerance,
     flat_range,
     implied_bias,
     invert_rows,
+    row_attack,
 )
 from invjax.base import Array, Batch, Model, Observation, Params, Reconstruction
 from invjax.defenses.checks import check
@@ -198,7 +198,7 @@ def loki(
         kernel = kernel.reshape(*shape[:2], clients, channels, bins)
         return jnp.moveaxis(kernel, 2, 0).reshape(clients, size, bins)
 
-    attack = closed_form(block, invert, shape, "loki", several_steps=local_steps)
+    attack = row_attack(block, invert, shape, "loki", several_steps=local_steps)
     whole = attack.check
 
     def check_clients(observation: Observation) -> None:

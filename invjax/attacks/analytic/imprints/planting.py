@@ -10,11 +10,11 @@ from invjax.attacks.analytic.imprints.imprint import (
     Imprint,
     Rows,
     auxiliary_inputs,
-    closed_form,
     exact_tolerance,
     flat_range,
     implied_bias,
     invert_rows,
+    row_attack,
 )
 from invjax.attacks.analytic.row_scan import row_scan
 from invjax.base import Array, Batch, Model, Observation, Params, Reconstruction
@@ -117,7 +117,7 @@ def dense_imprint(
     if cascade:
         attack = row_scan(model, cascade=True, max_samples=max_samples, tolerance=tolerance)
     else:
-        attack = closed_form(model, invert, shape, name)
+        attack = row_attack(model, invert, shape, name)
     return Imprint(model, plant, attack)
 
 

@@ -13,7 +13,7 @@ from invjax.attacks.analytic.layerwise.chains import Block, blocks_of, conv_sign
 from invjax.attacks.analytic.layerwise.inverses import invert
 from invjax.attacks.analytic.layerwise.solvers import Report, Solver, solve
 from invjax.attacks.matching.priors import input_bounds
-from invjax.base import Array, Attack, Batch, Model, Observation, Reconstruction
+from invjax.base import Array, Attack, Batch, Model, Observation, Reconstruction, closed_form
 from invjax.defenses.checks import check as check_number
 from invjax.defenses.checks import choose
 from invjax.models.layers import Layers, apply_layer, layers_of
@@ -113,12 +113,7 @@ def layerwise(
         with jax.default_matmul_precision("highest"):
             return reconstruct(model, observation, solver, branch, rtol, tolerance)
 
-    return Attack(
-        init,
-        step=lambda observation, state: state,
-        result=lambda observation, state: state,
-        check=check,
-    )
+    return closed_form(init, check)
 
 
 def check_settings(

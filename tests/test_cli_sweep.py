@@ -20,6 +20,11 @@ HEARING = (
     "from invjax import cli; cli.entry()"
 )
 
+
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 TOML = """
 models = "mlp((8,))"
 defenses = ["none", "gaussian_noise(0.1)"]
@@ -96,7 +101,7 @@ def test_bad_input_is_one_line_and_writes_nothing(file, tmp_path, options, messa
     assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
 
 
-@pytest.mark.parametrize("call", [0, 5, 12])
+@pytest.mark.parametrize("call", [*map(slow, (0, 12)), 5])
 def test_a_disk_that_fills_up_loses_nothing_recorded(file, tmp_path, monkeypatch, capsys, call):
     left, sync = [call], os.fsync
 

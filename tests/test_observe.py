@@ -48,8 +48,8 @@ def test_grants(params, batch):
     assert observation.facts.batch_size is None
     with pytest.raises(ValueError, match="no batch norm"):
         invjax.observe(jax.random.key(0), MODEL, params, batch, grant_statistics=True)
-    norms = invjax.models.resnet18(num_classes=3, width=8, norm="batch")
-    weights = norms.init(jax.random.key(0), (8, 8, 1))
+    norms = invjax.models.resnet18(num_classes=3, width=1, norm="batch")
+    weights = jax.jit(lambda key: norms.init(key, (8, 8, 1)))(jax.random.key(0))
     images = Batch(jax.random.uniform(jax.random.key(1), (2, 8, 8, 1)), jnp.array([0, 1]))
     seen = invjax.observe(jax.random.key(0), norms, weights, images, grant_statistics=True)
     assert len(seen.statistics) == 20

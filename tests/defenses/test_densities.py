@@ -50,7 +50,8 @@ def test_second_moment_is_the_deviation(noise):
 
 def test_density_is_the_derivative_of_the_distribution_function(noise):
     with jax.enable_x64(True):
-        x = jnp.linspace(-6.0, 6.0, 101) * deviation(noise)
+        # An even number: at zero the Laplace density has a kink, where a derivative is a convention.
+        x = jnp.linspace(-6.0, 6.0, 100) * deviation(noise)
         slope = jax.jit(jax.vmap(jax.grad(lambda x: jnp.exp(log_cdf(noise, x)))))(x)
         density = jnp.exp(log_density(noise, x))
     np.testing.assert_allclose(slope, density, rtol=1e-5, atol=1e-9)

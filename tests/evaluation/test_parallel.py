@@ -53,7 +53,9 @@ def plain(problem):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *outcomes)
 
 
-@pytest.mark.parametrize("number", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "number", [*(pytest.param(few, marks=pytest.mark.slow) for few in (1, 2, 4)), 8]
+)
 def test_any_number_of_devices_gives_the_plain_result(problem, plain, number):
     program = parallel.program(build, NUMBERS, jax.local_devices()[:number])
     result = parallel.run(program, NUMBERS, *problem)

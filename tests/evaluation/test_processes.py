@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 
 from invjax.evaluation import grid, journal, sweep
 
@@ -73,6 +74,7 @@ def same_tables(rows, expected):
         assert row["recovered_label"] == wanted[name]["recovered_label"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_table_of_one(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text(TOML)

@@ -96,7 +96,12 @@ def test_softmax_without_a_bias(classes, size, label):
         gradient, signal = gradient_of(loss, weight, inputs)
         solve = jax.jit(bootstrap.softmax)
         found, derivative = solve(weight, gradient, label)
-        np.testing.assert_allclose(found, inputs, rtol=1e-10, atol=1e-12)
+        # Two logits have twins, as one has: rounding decides which is found.
+        if classes > 2:
+            np.testing.assert_allclose(found, inputs, rtol=1e-10, atol=1e-12)
+            np.testing.assert_allclose(derivative, signal, rtol=0, atol=1e-12)
+        again, signal = gradient_of(loss, weight, found)
+        np.testing.assert_allclose(again, gradient, rtol=0, atol=1e-12)
         np.testing.assert_allclose(derivative, signal, rtol=0, atol=1e-12)
 
 

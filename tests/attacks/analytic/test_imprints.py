@@ -279,6 +279,7 @@ def test_the_batch_size_may_be_unknown():
     assert not found.found.any() and (found.inputs != 0).any()
 
 
+@pytest.mark.slow
 def test_qbi_on_normal_features_is_as_the_theory_says():
     """Specified: d = 3072, B = 20, N = 500: one row in 0.377 +- 0.02 isolates, recall above 0.99."""
     model = models.mlp((500,), init="he")

@@ -74,6 +74,7 @@ def test_batches_come_back_exactly_with_their_labels(size):
         assert found.inputs.dtype == DOUBLE
 
 
+@pytest.mark.slow
 def test_a_batch_without_exclusive_units_is_no_safer():
     """Specified: exact on a perturbed batch of six without an exclusive unit."""
     with jax.enable_x64(True):
@@ -92,6 +93,7 @@ def test_a_batch_without_exclusive_units_is_no_safer():
         assert_exact(attack_of()(jax.random.key(2), masked), batch, 1e-25)
 
 
+@pytest.mark.slow
 def test_reductions_of_exclusivity_after_the_fact_do_not_stop_it():
     """Masked rows are certified; behind a dropout inputs are exact, and the certificate is silent."""
     with jax.enable_x64(True):

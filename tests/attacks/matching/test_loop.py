@@ -112,7 +112,7 @@ def test_restarts_are_the_single_runs(small):
     assert len(np.unique(best)) == 3
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("batch_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_dlg_recovers_digits_and_their_labels(digits, batch_size):
     model = invjax.models.lenet()
     params = model.init(jax.random.key(0), SHAPE)

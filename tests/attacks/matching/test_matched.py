@@ -105,7 +105,13 @@ def results(channel):
     return found
 
 
-@pytest.mark.parametrize("channel", CHANNELS)
+@pytest.mark.parametrize(
+    "channel",
+    [
+        name if name == "prune, gaussian" else pytest.param(name, marks=pytest.mark.slow)
+        for name in CHANNELS
+    ],
+)
 def test_nothing_beats_the_matched_adversary(channel):
     found = results(channel)
     others = max(psnr for name, psnr in found.items() if name != "bayes")
@@ -116,6 +122,7 @@ def test_nothing_beats_the_matched_adversary(channel):
     assert min(found.values()) > 11.5
 
 
+@pytest.mark.slow
 def test_the_norm_that_the_noise_asks_for():
     assert results("gaussian")["l2"] > results("gaussian")["l1"] + 0.8
     assert results("laplace")["l1"] > results("laplace")["l2"] + 1.0
@@ -124,6 +131,7 @@ def test_the_norm_that_the_noise_asks_for():
     np.testing.assert_allclose(results("laplace")["l1"], results("laplace")["bayes"], atol=0.1)
 
 
+@pytest.mark.slow
 def test_an_unknown_mask_costs_little():
     """Spike and slab, which knows the share alone, against the mask and against L2 on the mean."""
     channel = invjax.chain(defenses.random_mask(0.5, known=False), GAUSSIAN)

@@ -127,7 +127,8 @@ def softmax(weight: Array, gradient: Array, label: Array, roots: int = 4) -> tup
 
     Its leading singular vectors give `x` and `k` but for a factor, the label (the one negative entry
     of `k`) the sign. With `q` the log odds of the label, `k` there is `-1 / (1 + exp(q))`, which
-    gives the factor, which gives the logits, whose log odds must be `q`: a scan and bisections.
+    gives the factor, which gives the logits, whose log odds must be `q`: a scan and bisections. Two
+    logits have twins where one has (`logistic`): either may be found.
 
     Args:
       weight: `[in, out]`, at least two logits.

@@ -147,6 +147,18 @@ class Layer(NamedTuple):
     window: tuple[int, int] | None = None
 
 
+class Head(NamedTuple):
+    """The dense layers at a model's end, and what goes into them.
+
+    Attributes:
+      features: `features(params, inputs [B, ...]) -> [B, d]`, what goes into the first of them.
+      layers: `layers(tree) -> tuple[Layer, ...]`, of parameters or a gradient, to the logits.
+    """
+
+    features: Callable[[Params, Array], Array]
+    layers: Callable[[PyTree], tuple[Layer, ...]]
+
+
 class Model(NamedTuple):
     """A classifier as pure functions over a parameter tree.
 
@@ -162,6 +174,7 @@ class Model(NamedTuple):
       running_statistics: the stored `(mean, variance)` of the same layers, else `None`.
       with_convolution: `with_convolution(conv) -> Model`, the same model on another
         implementation of `lax.conv_general_dilated`; `None` where it cannot be swapped.
+      head: the dense layers at its end and what goes into them; `None` where the model does not say.
     """
 
     init: Callable[[Array, Sequence[int]], Params]
@@ -173,6 +186,7 @@ class Model(NamedTuple):
     statistics: Callable[[Params, Array], list[tuple[Array, Array]]] | None = None
     running_statistics: list[tuple[Array, Array]] | None = None
     with_convolution: Callable[[Callable[..., Array]], "Model"] | None = None
+    head: Head | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -177,9 +177,9 @@ class Chain(nnx.Module):
                         f"({spec.kind}) leaves nothing."
                     )
 
-    def __call__(self, x):
-        """Logits of a batch."""
-        for index, spec in enumerate(self.specs):
+    def __call__(self, x, features: bool = False):
+        """Logits of a batch, or what goes into the dense layers at the end."""
+        for index, spec in enumerate(self.specs[: _head_start(self.specs) if features else None]):
             if spec.kind in ("conv", "dense"):
                 x = getattr(self, _layer(index))(x)
                 if spec.norm != "none":
@@ -198,6 +198,14 @@ def reshape_or_pool(spec: Spec, x: Array) -> Array:
         return x.mean(axis=(1, 2))
     pool = max_pool if spec.kind == "max_pool" else average_pool
     return pool(x, spec.window)
+
+
+def _head_start(specs: Sequence[Spec]) -> int:
+    """Index of the first of the dense layers at the end."""
+    start = len(specs)
+    while start and specs[start - 1].kind == "dense":
+        start -= 1
+    return start
 
 
 def _layer(index: int) -> str:
@@ -240,6 +248,9 @@ def chain_model(specs: Sequence[Spec], num_classes: int, name: str, init: Init =
         num_classes,
         name,
         layers=layers if norms == {"none"} else None,
+        head=(lambda tree: layers(tree)[_head_start(specs) :])
+        if specs[-1].kind == "dense"
+        else None,
         batch_norm="batch" in norms,
     )
 

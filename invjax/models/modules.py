@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from invjax.base import Array, Model, Params, PyTree
+from invjax.base import Array, Head, Model, Params, PyTree
 from invjax.models.losses import cross_entropy
 
 Statistics = list[tuple[Array, Array]]
@@ -118,6 +118,7 @@ def zoo_model(
     name: str,
     *,
     layers: Callable[[PyTree], tuple] | None = None,
+    head: Callable[[PyTree], tuple] | None = None,
     batch_norm: bool = False,
     conv: Callable[..., Array] = jax.lax.conv_general_dilated,
 ) -> Model:
@@ -128,6 +129,8 @@ def zoo_model(
       num_classes: number of classes.
       name: for tables.
       layers: the layer view, where the model is a chain.
+      head: the layer view of the dense layers at its end, where the module's call takes
+        `features=True`, to return what goes into them.
       batch_norm: whether it has batch norm (at its initial statistics: mean 0, variance 1).
       conv: the convolution.
 
@@ -136,14 +139,14 @@ def zoo_model(
     """
 
     @functools.cache
-    def functions(input_shape: tuple[int, ...]) -> Pure:
+    def functions(input_shape: tuple[int, ...], **mode: bool) -> Pure:
         # NumPy, because a cache that is filled inside a trace may hold no tracers.
         module = nnx.eval_shape(lambda: build(input_shape, nnx.Rngs(0), conv))
         module.eval()
         for _, norm in submodules(module, nnx.BatchNorm):
             norm.mean = nnx.BatchStat(np.zeros(norm.mean.shape, np.float32))
             norm.var = nnx.BatchStat(np.ones(norm.var.shape, np.float32))
-        return pure_functions(module)
+        return pure_functions(module, mode)
 
     def init(key: Array, input_shape: Sequence[int]) -> Params:
         module = build(tuple(input_shape), nnx.Rngs(key), conv)
@@ -155,8 +158,12 @@ def zoo_model(
     def statistics(params: Params, inputs: Array) -> Statistics:
         return functions(tuple(inputs.shape[1:])).statistics(params, inputs)
 
+    def features(params: Params, inputs: Array) -> Array:
+        return functions(tuple(inputs.shape[1:]), features=True).apply(params, inputs)
+
     def with_convolution(conv: Callable[..., Array]) -> Model:
-        return zoo_model(build, num_classes, name, layers=layers, batch_norm=batch_norm, conv=conv)
+        views = {"layers": layers, "head": head}
+        return zoo_model(build, num_classes, name, **views, batch_norm=batch_norm, conv=conv)
 
     return Model(
         init,
@@ -169,6 +176,7 @@ def zoo_model(
         # Their number and sizes do not depend on the inputs, so any shape that fits will do.
         running_statistics=functions((32, 32, 3)).running((32, 32, 3)) if batch_norm else None,
         with_convolution=with_convolution,
+        head=None if head is None else Head(features, head),
     )
 
 

@@ -2,8 +2,8 @@
 
 from flax import nnx
 
-from invjax.base import Model
-from invjax.models.chain import check_choice, initializers, make_norm
+from invjax.base import Layer, Model, PyTree
+from invjax.models.chain import activations, check_choice, initializers, make_norm
 from invjax.models.modules import check_image_shape, zoo_model
 
 
@@ -43,9 +43,11 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """A 3x3 stem, four groups of two blocks, a global average and a dense layer."""
+    """A 3x3 stem, four groups of two blocks, a global average and one or two dense layers."""
 
-    def __init__(self, input_shape, num_classes: int, width: int, norm: str, rngs, conv):
+    def __init__(
+        self, input_shape, num_classes: int, width: int, norm: str, hidden, activation, rngs, conv
+    ):
         check_image_shape(input_shape)
         channels = input_shape[2]
         self.stem = nnx.Conv(
@@ -67,33 +69,61 @@ class ResNet(nnx.Module):
                 blocks.append(Block(channels, features, stride, norm, rngs, conv))
                 channels = features
         self.blocks = nnx.List(blocks)
+        self.activation = activation if hidden else None
+        if hidden:
+            self.hidden = nnx.Linear(channels, hidden, rngs=rngs, **initializers("torch", channels))
+            channels = hidden
         self.head = nnx.Linear(channels, num_classes, rngs=rngs, **initializers("torch", channels))
 
-    def __call__(self, x):
-        """Logits of a batch."""
+    def __call__(self, x, features: bool = False):
+        """Logits of a batch, or what goes into the dense layers."""
         x = nnx.relu(self.norm(self.stem(x)))
         for block in self.blocks:
             x = block(x)
-        return self.head(x.mean(axis=(1, 2)))
+        x = x.mean(axis=(1, 2))
+        if features:
+            return x
+        if self.activation is not None:
+            x = activations[self.activation](self.hidden(x))
+        return self.head(x)
 
 
-def resnet18(num_classes: int = 10, width: int = 64, norm: str = "group") -> Model:
+def resnet18(
+    num_classes: int = 10,
+    width: int = 64,
+    norm: str = "group",
+    hidden: int = 0,
+    activation: str = "relu",
+) -> Model:
     """ResNet-18 (He et al. 2016) with the 3x3 stem that small images want.
 
     Args:
       num_classes: number of classes.
       width: channels of the first group; 64 as published.
       norm: `group`, or `batch` in evaluation mode.
+      hidden: units of one more dense layer before the last; 0 for none, as published.
+      activation: behind those units.
 
     Returns:
       The model.
 
     Raises:
-      ValueError: an unknown norm.
+      ValueError: an unknown norm or activation, a negative number of hidden units.
     """
     check_choice("norm", norm, ("group", "batch"))
+    check_choice("activation", activation, tuple(activations))
+    if hidden < 0:
+        raise ValueError(f"hidden must be at least 0, got {hidden}.")
 
     def build(input_shape, rngs, conv):
-        return ResNet(input_shape, num_classes, width, norm, rngs, conv)
+        return ResNet(input_shape, num_classes, width, norm, hidden, activation, rngs, conv)
 
-    return zoo_model(build, num_classes, f"resnet18_{norm}", batch_norm=norm == "batch")
+    def head(tree: PyTree) -> tuple[Layer, ...]:
+        last = Layer("dense", tree["head"]["kernel"], tree["head"]["bias"])
+        if not hidden:
+            return (last,)
+        first = Layer("dense", tree["hidden"]["kernel"], tree["hidden"]["bias"], activation)
+        return first, last
+
+    name = f"resnet18_{norm}" + (f"_{activation}{hidden}" if hidden else "")
+    return zoo_model(build, num_classes, name, head=head, batch_norm=norm == "batch")

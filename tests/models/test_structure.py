@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from invjax import conv, models
+from invjax.models.layers import apply_layers
 
 
 def count(model, shape) -> int:
@@ -104,6 +105,8 @@ def test_parameters_depend_on_the_key_and_on_nothing_else(key):
         (lambda: models.lenet(init="default"), "init must be one of torch, he, lecun, wide"),
         (lambda: models.convnet(norm="layer"), "norm must be one of none, batch, group"),
         (lambda: models.resnet18(norm="none"), "norm must be one of group, batch"),
+        (lambda: models.resnet18(activation="no"), "activation must be one of .*no"),
+        (lambda: models.resnet18(hidden=-1), "hidden must be at least 0, got -1"),
     ],
 )
 def test_unknown_choices_are_refused(make, message):
@@ -124,3 +127,23 @@ def test_inputs_that_are_too_small_are_refused(key):
     specs = [models.chain.Spec("conv", 2, window=5)]
     with pytest.raises(ValueError, match="too small: layer 0 is left with"):
         models.chain.chain_model(specs, 2, "tiny").init(key, (4, 4, 1))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "widths"),
+    [
+        (models.lenet(num_classes=4), (28, 28, 1), (588, 4)),
+        (models.mlp((6, 5), num_classes=4), (3, 3, 1), (9, 6, 5, 4)),
+        (models.convnet(num_classes=4, width=1, norm="group"), (32, 32, 3), (36, 4)),
+        (models.resnet18(4, width=2, hidden=7, activation="tanh"), (8, 8, 3), (16, 7, 4)),
+        (models.resnet18(4, width=2), (8, 8, 3), (16, 4)),
+    ],
+)
+def test_the_head_of_the_features_is_the_model(model, shape, widths, key):
+    params = model.init(key, shape)
+    inputs = jax.random.uniform(key, (2, *shape))
+    features, head = model.head.features(params, inputs), model.head.layers(params)
+    assert (*[layer.weight.shape[0] for layer in head], head[-1].weight.shape[1]) == widths
+    logits = apply_layers(head, features.reshape(2, -1))
+    np.testing.assert_allclose(logits, model.apply(params, inputs), atol=1e-5)
+    assert not any(layer.activation == "identity" for layer in head[:-1])

@@ -6,10 +6,10 @@
 
 For every width, state of training and batch size the same random batches are attacked by each: neuron
 exclusivity, certified row scan, SPEAR (up to `--spear-limit` samples), the imprints of a malicious server,
-and up to `--matching-limit` samples DLG and Inverting Gradients with known labels. Exact attacks run in
-float64. `recovered` is the share of samples with a mean squared error under 1e-4, `false` those said to be
-found that are not; `seconds` are per batch without compilation. `sufficient` is the share of random batches
-that meet the paper's condition.
+LOKI on the mean of two clients who hold half a batch each, and up to `--matching-limit` samples DLG and
+Inverting Gradients with known labels. Exact attacks run in float64. `recovered` is the share of samples with
+a mean squared error under 1e-4, `false` those said to be found that are not; `seconds` are per batch without
+compilation. `sufficient` is the share of random batches that meet the paper's condition.
 """
 
 import argparse
@@ -33,6 +33,8 @@ from invjax.evaluation import utility
 from invjax.report.figures import png
 
 CLOSE = 1e-4
+CLIENTS = 2
+"""Of LOKI's aggregate."""
 
 
 def draw(data, number: int, size: int, seed: int) -> invjax.Batch:
@@ -52,6 +54,7 @@ def planted(name: str, model, auxiliary, size: int, width: int):
         "pairs": lambda: imprints.pairs(model, shape, max(size, 2), cascade=True, **moments),
         "soliton-free": lambda: imprints.soliton_free(model, shape, size, cascade=True),
         "soliton-data": lambda: imprints.soliton_data(model, shape, size, cascade=True),
+        "loki": lambda: imprints.loki(model, shape, CLIENTS, width),
     }
     return made[name]() if name in made else None
 
@@ -68,7 +71,15 @@ def passive(name: str, model):
 
 
 MATCHING = ("dlg", "inverting gradients")
-IMPRINTS = ("robbing the fed", "trap weights", "qbi", "pairs", "soliton-free", "soliton-data")
+IMPRINTS = (
+    "robbing the fed",
+    "trap weights",
+    "qbi",
+    "pairs",
+    "soliton-free",
+    "soliton-data",
+    "loki",
+)
 ATTACKS = ("exclusivity", "row scan", "spear", *IMPRINTS, *MATCHING)
 
 
@@ -89,18 +100,23 @@ def measure(name: str, model, params, batches, auxiliary, width: int) -> dict:
             params = imprint.plant(jax.random.key(0), params, auxiliary)
         else:
             attack = passive(name, model)
-        observe = jax.jit(
-            lambda key, batch: invjax.observe(
-                key, model, params, batch, grant_labels=name in MATCHING
-            )
-        )
+
+        def watch(key, params, batch):
+            return invjax.observe(key, model, params, batch, grant_labels=name in MATCHING)
+
+        def watch_clients(key, params, batch):
+            halves = jax.tree.map(lambda leaf: leaf.reshape(CLIENTS, -1, *leaf.shape[1:]), batch)
+            keys = jax.random.split(key, CLIENTS)
+            return imprints.aggregate(jax.vmap(watch)(keys, params, halves))
+
+        observe = jax.jit(watch_clients if name == "loki" else watch)
         # The checks of an observation run where it is concrete: not what is to be timed.
         run = jax.jit(attack)
         errors, false, seconds = [], 0, []
         for index in range(number):
             batch = jax.tree.map(lambda leaf, index=index: leaf[index], batches)
             key = jax.random.fold_in(jax.random.key(1), index)
-            seen = observe(key, batch)
+            seen = observe(key, params, batch)
             if not index:
                 jax.block_until_ready(run(key, seen))
             started = time.perf_counter()

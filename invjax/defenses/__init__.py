@@ -26,11 +26,17 @@ from invjax.defenses.mixing import instahide as instahide
 from invjax.defenses.mixing import mixup as mixup
 from invjax.defenses.noise import gaussian_noise as gaussian_noise
 from invjax.defenses.noise import laplace_noise as laplace_noise
+from invjax.defenses.optimal import optimal_clipped_noise as optimal_clipped_noise
+from invjax.defenses.optimal import optimal_noise as optimal_noise
+from invjax.defenses.optimal import optimal_pruning as optimal_pruning
+from invjax.defenses.optimal import optimal_rounding as optimal_rounding
 from invjax.defenses.parse import parse as parse
 from invjax.defenses.precode import Precode as Precode
 from invjax.defenses.precode import omit_stochastic_weights as omit_stochastic_weights
 from invjax.defenses.precode import precode as precode
 from invjax.defenses.pruning import magnitude_prune as magnitude_prune
+from invjax.defenses.sensitivity import Sensitivity as Sensitivity
+from invjax.defenses.sensitivity import population_sensitivity as population_sensitivity
 from invjax.defenses.soteria import drop_layer_weights as drop_layer_weights
 from invjax.defenses.soteria import read_mask as read_mask
 from invjax.defenses.soteria import soteria as soteria
@@ -38,6 +44,7 @@ from invjax.defenses.soteria import soteria as soteria
 __all__ = [
     "Law",
     "Precode",
+    "Sensitivity",
     "activation_count_pruning",
     "ats",
     "chain",
@@ -55,7 +62,12 @@ __all__ = [
     "mask_exclusive_rows",
     "mixup",
     "omit_stochastic_weights",
+    "optimal_clipped_noise",
+    "optimal_noise",
+    "optimal_pruning",
+    "optimal_rounding",
     "parse",
+    "population_sensitivity",
     "precode",
     "privacy_spent",
     "quantize",

@@ -14,6 +14,7 @@ from invjax.defenses import (
     masking,
     mixing,
     noise,
+    optimal,
     pruning,
 )
 from invjax.defenses.activation_pruning import activation_count_pruning
@@ -41,7 +42,16 @@ _KNOWN: dict[str, Callable[..., Defense]] = {
     )
 }
 
-_OF_A_MODEL = (activation_count_pruning, mask_exclusive_rows, reduce_exclusivity, soteria)
+_OF_A_MODEL = (
+    activation_count_pruning,
+    mask_exclusive_rows,
+    optimal.optimal_clipped_noise,
+    optimal.optimal_noise,
+    optimal.optimal_pruning,
+    optimal.optimal_rounding,
+    reduce_exclusivity,
+    soteria,
+)
 
 
 def parse(text: str | Sequence[calls.Call], model: Model | None = None) -> Defense:

@@ -4,10 +4,16 @@
 inversion, a lower bound on it, and its mean under Gaussian noise (the Cramér-Rao bound).
 `exclusivity` holds the security boundary of ReLU networks: which neurons fire on one sample alone, and
 which batches have twins of the very same gradient. `security_index` counts what the linear equations of
-every layer leave open. Pure functions of a model, its parameters and a
+every layer leave open. `cramer_rao` computes lower bounds for any model and defence, and `two_layer` has the
+table of bounds, upper and lower, for two-layer networks. Pure functions of a model, its parameters and a
 batch: they read the truth, as no attack may.
 """
 
+from invjax.theory.cramer_rao import LowerBound as LowerBound
+from invjax.theory.cramer_rao import cramer_rao as cramer_rao
+from invjax.theory.cramer_rao import gaussian_prior_information as gaussian_prior_information
+from invjax.theory.cramer_rao import score_prior_information as score_prior_information
+from invjax.theory.cramer_rao import van_trees as van_trees
 from invjax.theory.exclusivity import exclusivity_probability as exclusivity_probability
 from invjax.theory.exclusivity import exclusivity_state as exclusivity_state
 from invjax.theory.exclusivity import frozen_kernel as frozen_kernel
@@ -29,19 +35,24 @@ from invjax.theory.security_index import security_index as security_index
 __all__ = [
     "ExpectedError",
     "Influence",
+    "LowerBound",
     "closing_changes",
+    "cramer_rao",
     "exclusivity_probability",
     "exclusivity_state",
     "expected_psnr",
     "expected_squared_error",
     "frozen_kernel",
+    "gaussian_prior_information",
     "influence",
     "is_sufficient",
     "jacobian_rank",
     "largest_eigenvalue",
     "lower_bound",
     "minimum_filters",
+    "score_prior_information",
     "secure_boundary",
     "security_index",
     "twin_batch",
+    "van_trees",
 ]

@@ -226,7 +226,7 @@ def expected_squared_error(
         return ExpectedError(total, jnp.zeros_like(total), jnp.zeros_like(total))
     key = jax.random.key(0) if key is None else key
     probes = jax.random.rademacher(key, (num_probes, *batch.inputs.shape), batch.inputs.dtype)
-    return _probed_trace(push, pull, probes, variance, root, num_steps, tolerance)
+    return probed_trace(push, pull, probes, variance, root, num_steps, tolerance)
 
 
 def expected_psnr(error: Array | float, num_values: int, *, data_range: float = 1.0) -> Array:
@@ -248,7 +248,7 @@ def expected_psnr(error: Array | float, num_values: int, *, data_range: float = 
     return 10 * jnp.log10(data_range**2 * num_values / error)
 
 
-def _at_full_precision(function):
+def at_full_precision(function):
     """Matrix products of accelerators are else too coarse for a bound."""
 
     @functools.wraps(function)
@@ -259,7 +259,7 @@ def _at_full_precision(function):
     return wrapped
 
 
-@_at_full_precision
+@at_full_precision
 def _jacobian(model: Model, params: Params, batch: Batch) -> tuple[Callable, Callable]:
     """Products with `J` (from inputs to parameters) and with its transpose."""
     model = conv.for_matching(model)
@@ -281,7 +281,7 @@ def _solve(operator: Callable, target: Array, num_steps: int, tolerance: float) 
     return Influence(solution, residual / jnp.where(scale > 0, scale, 1.0))
 
 
-@_at_full_precision
+@at_full_precision
 def _largest_ritz_value(
     push: Callable, pull: Callable, inputs: Array, num_steps: int, key: Array | None
 ) -> Array:
@@ -342,7 +342,7 @@ def _root(covariance: Array, inputs: Array) -> Array:
     return vectors * jnp.sqrt(jnp.maximum(values, 0))[None]
 
 
-@_at_full_precision
+@at_full_precision
 def _dense_trace(push: Callable, inputs: Array, variance: Array, root: Array | None) -> Array:
     """`variance tr (J^T J)^-1`, or `variance tr L (L^T J^T J L + variance I)^-1 L^T`."""
     one = jnp.eye(inputs[0].size, dtype=inputs.dtype) if root is None else root.T
@@ -363,8 +363,10 @@ def _dense_trace(push: Callable, inputs: Array, variance: Array, root: Array | N
     return variance * jnp.sum(weights / (jnp.square(values) + variance))
 
 
-@_at_full_precision
-def _probed_trace(push, pull, probes, variance, root, num_steps, tolerance) -> ExpectedError:
+@at_full_precision
+def probed_trace(push, pull, probes, variance, root, num_steps, tolerance) -> ExpectedError:
+    """`variance` times the mean of `probe (J^T J + prior)^-1 probe`."""
+
     def colored(inputs, factor):
         return (inputs.reshape(inputs.shape[0], -1) @ factor).reshape(inputs.shape)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,21 @@ class Progress(NamedTuple):
     step: int
     num_steps: int
     objective: np.ndarray | None
+
+
+def quick_jit(function: Callable, **options: Any) -> Callable:
+    """`jax.jit` for what runs seldom, such as a client: a CPU compiles random draws ten times faster so.
+
+    Args:
+      function: to compile.
+      **options: of `jax.jit`.
+
+    Returns:
+      The compiled function; it runs as fast.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    level = {"xla_backend_optimization_level": 1} if on_cpu else None
+    return jax.jit(function, compiler_options=level, **options)
 
 
 Run = Callable[..., Reconstruction]

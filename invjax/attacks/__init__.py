@@ -1,7 +1,8 @@
 """Attacks: estimators of the private batch from an observation.
 
 `matching` holds gradient matching and its presets, `analytic` closed forms, `hybrid` layer-wise systems
-corrected by matching, `labels` the recovery of labels alone. Every attack is an `invjax.base.Attack`:
+corrected by matching, `strong` matching guided by features that the `tensor` method recovers, `labels` the
+recovery of labels alone. Every attack is an `invjax.base.Attack`:
 pure, `jit`- and `vmap`-able.
 """
 
@@ -14,6 +15,7 @@ from invjax.attacks.analytic import imprints as imprints
 from invjax.attacks.analytic import layerwise as layerwise
 from invjax.attacks.analytic import row_scan as row_scan
 from invjax.attacks.analytic import spear as spear
+from invjax.attacks.analytic import tensor as tensor
 from invjax.attacks.analytic import through_features as through_features
 from invjax.attacks.by_name import by_name as by_name
 from invjax.attacks.by_name import needs_labels as needs_labels
@@ -31,6 +33,7 @@ from invjax.attacks.matching import objectives as objectives
 from invjax.attacks.matching import risk as risk
 from invjax.attacks.matching import tableak as tableak
 from invjax.attacks.matching import tag as tag
+from invjax.attacks.strong import strong as strong
 
 __all__ = [
     "annealed",
@@ -56,7 +59,9 @@ __all__ = [
     "risk",
     "row_scan",
     "spear",
+    "strong",
     "tableak",
     "tag",
+    "tensor",
     "through_features",
 ]

@@ -8,6 +8,7 @@ from invjax import calls
 from invjax.attacks import analytic
 from invjax.attacks.hybrid import hybrid
 from invjax.attacks.matching import bayes, presets
+from invjax.attacks.strong import strong
 from invjax.base import Attack, Defense, Model
 
 _KNOWN: dict[str, Callable[..., Attack]] = {
@@ -18,6 +19,7 @@ _KNOWN: dict[str, Callable[..., Attack]] = {
         analytic.layerwise,
         analytic.row_scan,
         analytic.spear,
+        analytic.tensor.tensor,
         bayes,
         hybrid,
         presets.dlg,
@@ -25,6 +27,7 @@ _KNOWN: dict[str, Callable[..., Attack]] = {
         presets.idlg,
         presets.inverting_gradients,
         presets.tag,
+        strong,
     )
 }
 

@@ -8,13 +8,17 @@ from collections.abc import Callable, Sequence
 import jax
 
 from invjax import calls
-from invjax.cli import attack, audit, sweep
+from invjax.cli import attack, audit, sweep, tradeoff
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "attack": (attack.attack, "reconstruct private samples from their gradients, and report on it"),
     "sweep": (
         sweep.sweep,
         "attack every combination of data, models, defences and attacks; resumable",
+    ),
+    "tradeoff": (
+        tradeoff.tradeoff,
+        "compare defences that cost the same utility, by the strongest attack on each; resumable",
     ),
     "report": (sweep.report, "write the page of a sweep's folder, finished or running"),
     "audit": (audit.audit, "tell from a model's layers whether its gradient gives a sample away"),
@@ -28,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments; those of the process where `None`.
 
     Returns:
-      The exit code: 0, 1 if writing failed, 2 for bad input, 130 if interrupted; of a sweep with
-      failures, 10 and their number, 99 at most.
+      The exit code: 0, 1 if writing failed, 2 for bad input, 130 if interrupted; of a sweep or
+      a comparison with failures, 10 and their number, 99 at most.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):

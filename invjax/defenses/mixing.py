@@ -169,8 +169,8 @@ def coefficients(
 
 def _weighted_sum(weights: Array, sources: Array) -> Array:
     """Over the mixed: `[B, K]` and `[K, B, ...]` to `[B, ...]`."""
-    spread = weights.T.reshape(weights.shape[::-1] + (1,) * (sources.ndim - 2))
-    return jnp.sum(spread.astype(sources.dtype) * sources, axis=0)
+    # A matrix product, because on CPU XLA would fuse all random draws into a sum, and crash of its size.
+    return jnp.einsum("bk,kb...->b...", weights.astype(sources.dtype), sources, precision="highest")
 
 
 def _draw_public(key: Array, public: Array, shape: tuple[int, int], inputs: Array) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from invjax import datasets, metrics
+from invjax import datasets, driver, metrics
 from invjax.base import Attack, Batch, Defense, Model
 from invjax.defenses import chain
 from invjax.defenses.precode import Precode
@@ -84,7 +84,7 @@ def attack_over_training(
         )
         return seen._replace(params=None), prepared_batch(key, params, batch, defense)
 
-    client = jax.jit(jax.vmap(watch, in_axes=(None, 0, 0, 0)))
+    client = driver.quick_jit(jax.vmap(watch, in_axes=(None, 0, 0, 0)))
     numbers = np.zeros(0, np.float32)
     programs = {
         name: parallel.program(lambda numbers, attack=attack: attack, numbers)

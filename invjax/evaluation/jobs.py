@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from invjax import attacks, calls, datasets, defenses, models
+from invjax import attacks, calls, datasets, defenses, driver, models
 from invjax.base import Array, Attack, Batch, Defense, Model, Observation, Params
 from invjax.evaluation import run
 from invjax.evaluation.grid import Block, Cell, Sweep
@@ -134,7 +134,7 @@ def client(setting: Setting) -> Callable[..., Observation]:
             grant_labels=setting.grant_labels,
         )._replace(params=None)
 
-    return jax.jit(jax.vmap(watch, in_axes=(None, None, 0, 0)))
+    return driver.quick_jit(jax.vmap(watch, in_axes=(None, None, 0, 0)))
 
 
 def observed(

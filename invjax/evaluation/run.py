@@ -139,7 +139,7 @@ def attack_victims(
     )
 
     watch = functools.partial(_watch, experiment)
-    observations = jax.jit(jax.vmap(watch))(observe_keys, victims)
+    observations = driver.quick_jit(jax.vmap(watch))(observe_keys, victims)
     # Measured once beforehand, so that an interruption need not wait for compilations.
     _match(victims.inputs, victims.inputs)
     truth = np.asarray(datasets.denormalize(experiment.dataset, victims.inputs))

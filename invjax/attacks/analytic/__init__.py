@@ -1,10 +1,11 @@
 """Analytic attacks: closed forms and linear algebra in place of optimisation.
 
 Every attack is an `invjax.base.Attack`, most of no steps, which do their work in `init`; `imprints` are
-those of a malicious server.
+those of a malicious server, `tensor` reads two dense layers.
 """
 
 from invjax.attacks.analytic import imprints as imprints
+from invjax.attacks.analytic import tensor as tensor
 from invjax.attacks.analytic.bias_trick import bias_trick as bias_trick
 from invjax.attacks.analytic.bias_trick import first_dense as first_dense
 from invjax.attacks.analytic.exclusivity import exclusivity as exclusivity
@@ -29,5 +30,6 @@ __all__ = [
     "layerwise",
     "row_scan",
     "spear",
+    "tensor",
     "through_features",
 ]

@@ -161,7 +161,7 @@ def inverting_gradients(
     """
     settings: dict[str, Any] = {
         "objective": objectives.cosine(),
-        "prior": priors.combine(*_smoothness(total_variation, "anisotropic")),
+        "prior": priors.combine(*smoothness(total_variation, "anisotropic")),
         "optimizer": signed_adam(learning_rate, num_steps),
         "constraint": priors.project_to_box,
         **settings,
@@ -204,7 +204,7 @@ def gradinversion(
     Returns:
       The attack.
     """
-    terms = [*_smoothness(total_variation, "isotropic"), priors.l2(l2)]
+    terms = [*smoothness(total_variation, "isotropic"), priors.l2(l2)]
     if restarts > 1:
         terms.append(priors.group_consistency(group))
     if model.statistics is not None:
@@ -220,7 +220,7 @@ def gradinversion(
     )
 
 
-def _smoothness(weight: float, kind: priors.Variation) -> list[priors.Prior]:
+def smoothness(weight: float, kind: priors.Variation) -> list[priors.Prior]:
     """Total variation, or nothing at weight 0, so that inputs which are no images have the attack too."""
     absent = isinstance(weight, int | float) and weight == 0
     return [] if absent else [priors.total_variation(weight, kind)]

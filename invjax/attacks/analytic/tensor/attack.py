@@ -1,0 +1,205 @@
+"""The tensor attack on a network of two dense layers."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from invjax.attacks.analytic.tensor import core
+from invjax.attacks.analytic.tensor.head import (
+    check_size,
+    head_layers,
+    head_problem,
+    scaled_inputs,
+)
+from invjax.attacks.analytic.tensor.moments import Gradient
+from invjax.base import Array, Attack, Model, Observation, Reconstruction, closed_form
+from invjax.defenses.checks import check as check_number
+from invjax.defenses.checks import choose
+from invjax.models.layers import layers_of
+from invjax.observe import check_observation, per_step_gradient
+
+Method = Literal["regression", "paper"]
+Loss = Literal["squared", "cross_entropy"]
+
+
+def tensor(
+    model: Model,
+    *,
+    method: Method = "regression",
+    estimator: Gradient | None = None,
+    loss: Loss | None = None,
+    batch_size: int | None = None,
+    norm: float | None = None,
+    polish: bool | None = None,
+    noise_std: float | None = None,
+    restarts: int = 4,
+    max_steps: int = 100,
+    contractions: int = 8,
+    tolerance: float | None = None,
+) -> Attack:
+    """Read a batch off the gradient of two dense layers, provably (Wang, Lee and Lei 2023).
+
+    At normal weights `w_j` the gradient is a noisy evaluation of `sum_i r_i s(w x_i)` at every unit,
+    whose Hermite coefficients are tensors `sum_i r_i c_p x_i ... x_i`; their components are the inputs.
+
+    `paper` is algorithm 1: moments of the gradient, of orders 2 and 3 (2 and 4 where the third vanishes,
+    as for ReLU), the span by eigenvectors, the decomposition in the span, signs and labels by linear
+    fits. Departures: Jennrich's method with 100 trials and alternating least squares in place of the
+    joint diagonalisation of 100 random contractions; 8 vectors (`contractions`) in place of one where
+    an order-3 tensor gives the span; the whole order-4 tensor in place of one contraction.
+
+    `regression` is a stronger form of it: the span is exact, being that of the rows of the first layer's
+    gradient; least squares on all Hermite products up to degree 3 (4 for `outer` and a vanishing third
+    order) take the place of moments; and a Levenberg-Marquardt fit of the gradient makes the result
+    exact. For ReLU and leaky ReLU the fit leaves out units near their kink.
+
+    Softmax models (the tensor of all rows of the output layer's gradient, one symmetric factor) need
+    `regression`, and no planted weights: any random initialisation will do. Hidden biases are read as
+    weights of a constant input.
+
+    Defences. Clipping scales all signals, no input. Zeros of the gradient are taken for entries that
+    were not transmitted (pruning, dropout), and the fit uses the others, in all coordinates, from several
+    starts; units without any are dropped. (Not for ReLU, whose gradient has zeros by nature.) Updates of
+    `K` local steps are divided by `K` and the rate. Labels of a model of one output are read off the
+    signals' size: a defence that changes it, clipping or rescaled dropout, makes them meaningless.
+
+    Args:
+      model: a flattening at most and two dense layers; `two_layer`, or a classifier such as `mlp`.
+      method: `regression` or `paper`.
+      estimator: which gradient the tensor is taken from: `weights`, the hidden layer's (the smaller
+        variance), or `outer`, the output layer's. `weights` for one output and `outer` for several
+        where `None`.
+      loss: of a model of one output; `squared` where `None`. Softmax is cross-entropy.
+      batch_size: samples behind the gradient, where the observation does not say; see
+        `batch_size_by_gap`.
+      norm: of all inputs, where it is known. Otherwise the orders decide; 1 for `paper`, and for ReLU
+        with one output, whose gradient hides it.
+      polish: whether to fit; as published not for `paper`, else yes, where `None`.
+      noise_std: standard deviation of noise on every entry of the (per-step) gradient; the fit is then
+        maximum likelihood, in all coordinates. At the query point the entries of the hidden gradient
+        are of the order of `1 / m`, and noise buries them and the span that they give: start the fit by
+        `method="paper", estimator="outer", polish=True` then.
+      restarts: further starts of the fit where the first does not end in an exact one; 0 also ignores
+        zeros.
+      max_steps: of one fit.
+      contractions: random vectors by which `paper` contracts a third-order tensor for the span; the
+        paper takes 1, and more need fewer units.
+      tolerance: largest objective of what is `found`. By default 1e-6 in double and 1e-3 in single
+        precision, 0.1 without a fit, and 1.1 with a noise level.
+
+    Returns:
+      The attack; a closed form, in the observation's dtype. The objective is the norm of the gradient
+      that is left unexplained, a share, of what was transmitted; with a noise level the root mean
+      square deviation in its units. `found` says that the objective is within the tolerance, that there
+      are twice as many transmitted entries as unknowns, and that the sample has a part in the gradient
+      (a batch size too large leaves slots without). With an odd activation and one output
+      `(x, r)` and `(-x, -r)` have one gradient: residuals are taken to be positive, as an output bias
+      makes them (the bias trick), and without one signs mean nothing. `diagnostics` holds `signals`
+      (`[B, C]`, derivatives of each sample's part of the mean loss by the outputs), `targets` (`[B]`,
+      real labels of a model of one output), `residual` (`[B]`, reliability, lower is better),
+      `tensor_residual` and `gap` (of singular values, near 1 where the batch size is wrong).
+
+    Raises:
+      ValueError: a model of other layers, an activation whose gradient reveals only sums, `paper` for
+        softmax, a number out of range; and at its use, no batch size, one larger than the layers allow.
+    """
+    choose("method", method, get_args(Method))
+    choose("loss", loss or "squared", get_args(Loss))
+    scalar = model.num_classes == 1
+    if method == "paper" and not scalar:
+        raise ValueError("method 'paper' is for models of one output: use 'regression'.")
+    estimator = estimator or ("weights" if scalar else "outer")
+    choose("estimator", estimator, get_args(Gradient))
+    check_number("restarts", restarts, 0)
+    check_number("max_steps", max_steps, 1)
+    check_number("contractions", contractions, 1)
+    for name, value in (("norm", norm), ("noise_std", noise_std), ("tolerance", tolerance)):
+        if value is not None:
+            check_number(name, value, 0.0, open_low=True)
+    fits = method != "paper" if polish is None else polish
+
+    def size_of(observation: Observation) -> int:
+        size = observation.facts.batch_size
+        size = batch_size if size is None else size
+        if size is None:
+            raise ValueError(
+                "The observation does not say the batch size: give tensor batch_size=, by "
+                "batch_size_by_gap of the first layer's gradient, say."
+            )
+        return size
+
+    def check(observation: Observation) -> None:
+        check_observation(model, observation)
+        front = layers_of(model, observation.params)[:-2]
+        for layer in front:
+            if layer.kind != "flatten" or layer.activation != "identity":
+                raise ValueError(
+                    f"The model {model.name} must be two dense layers, got a layer {layer.kind} in "
+                    "front: head_features recovers the features behind those."
+                )
+        problem = head_problem(model, observation.params, observation.gradient)
+        check_size(size_of(observation), problem)
+
+    def init(key: Array, observation: Observation) -> Reconstruction:
+        size, params = size_of(observation), observation.params
+        hidden, _ = head_layers(model, params)
+        hides = scalar and hidden.bias is None and core.is_homogeneous(hidden.activation)
+        settings = core.Settings(
+            activation=hidden.activation,
+            method=method,
+            gradient=estimator,
+            norm=1.0 if norm is None and (method == "paper" or hides) else norm,
+            polish=fits,
+            noise_std=noise_std,
+            restarts=restarts,
+            max_steps=max_steps,
+            contractions=contractions,
+        )
+        with jax.default_matmul_precision("highest"):
+            problem = head_problem(model, params, per_step_gradient(observation))
+            found = core.recover(key, problem, size, settings)
+            candidate = scaled_inputs(hidden, found.candidate)
+            inputs = candidate.inputs.reshape((size, *observation.facts.input_shape))
+            seen = problem.weight_seen.sum() + problem.outer_seen.sum()
+            real = _targets(inputs, params, candidate.signals)
+        limit = _limit(inputs.dtype)
+        exact = found.objective <= limit
+        exact &= seen >= 2 * (found.candidate.inputs.size + candidate.signals.size)
+        exact &= jnp.isfinite(inputs).all()
+        # A sample without a part in the gradient is none.
+        own = found.residual <= 3 * limit * size**0.5 if noise_std is None else True
+        diagnostics = {
+            "signals": candidate.signals,
+            "residual": found.residual,
+            "tensor_residual": found.tensor_residual,
+            "gap": found.gap,
+        }
+        if scalar:
+            middle = 0.5 if loss == "cross_entropy" else 0.0
+            labels, diagnostics["targets"] = (real > middle).astype(int), real
+        else:
+            labels = jnp.argmin(candidate.signals, axis=1)
+        return Reconstruction(
+            inputs=jnp.where(jnp.isfinite(inputs), inputs, 0.0),
+            labels=labels,
+            found=jnp.broadcast_to(exact & own, size),
+            objective=found.objective,
+            diagnostics=diagnostics,
+        )
+
+    def _targets(inputs: Array, params, signals: Array) -> Array:
+        output = model.apply(params, inputs)[:, 0]
+        output = jax.nn.sigmoid(output) if loss == "cross_entropy" else output
+        return output - len(inputs) * signals[:, 0]
+
+    def _limit(dtype) -> float:
+        if tolerance is not None:
+            return tolerance
+        if noise_std is not None:
+            return 1.1
+        if not fits:
+            return 0.1
+        return 1e-6 if dtype == jnp.float64 else 1e-3
+
+    return closed_form(init, check)

@@ -1,0 +1,198 @@
+"""`invjax tradeoff`: defences at equal utility, recorded as they are measured, and their page."""
+
+import dataclasses
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from invjax import calls
+from invjax.evaluation import files, grid, jobs, run, store
+from invjax.evaluation import tradeoff as engine
+from invjax.evaluation.tradeoff_settings import PRESETS, Tradeoff, attack_sweep, from_toml
+from invjax.report.tradeoff_page import tradeoff_page
+
+PLAIN_SECONDS = 15.0
+"""Time between lines of progress of one sweep of attacks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TradeoffConfig:
+    """Compare defences that cost the same utility, by the strongest attack on each.
+
+    Every family is on record once it is done: a comparison that was killed goes on with --resume.
+
+    invjax tradeoff --preset digits
+
+    invjax tradeoff tradeoff.toml --out runs/first
+    """
+
+    file: tyro.conf.Positional[pathlib.Path | None] = None
+    """TOML file of settings: dataset, model, defenses, attacks, utility, levels, seeds and more."""
+    preset: str | None = None
+    """A comparison that comes with the package: digits."""
+    out: pathlib.Path | None = None
+    """Folder of the record; invjax-runs/tradeoff-NAME if not given."""
+    resume: bool = False
+    """Go on with the comparison in that folder."""
+    overwrite: bool = False
+    """Replace an earlier comparison in that folder."""
+    checkpoint_seconds: float = 60.0
+    """Time between checkpoints of a running attack."""
+    quiet: bool = False
+    """Print nothing but errors; the log file in the folder has everything."""
+
+
+def tradeoff(argv: Sequence[str]) -> int:
+    """Run `invjax tradeoff`.
+
+    Args:
+      argv: its arguments.
+
+    Returns:
+      0; 10 and the number of failed jobs and trainings, 99 at most; 1 if writing failed, 2 for bad
+      input, 130 if interrupted.
+    """
+    config = tyro.cli(TradeoffConfig, args=argv, prog="invjax tradeoff")
+    try:
+        settings, out = read(config)
+        return _run(config, settings, out)
+    except ValueError as error:
+        print(f"invjax tradeoff: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"invjax tradeoff: {error}; what was recorded stays: --resume.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted; go on with --resume.", file=sys.stderr)
+        return 130
+
+
+def read(config: TradeoffConfig) -> tuple[Tradeoff, pathlib.Path]:
+    """Settings and folder of a comparison.
+
+    Args:
+      config: the options.
+
+    Returns:
+      Both.
+
+    Raises:
+      ValueError: no settings, two of them, or such as cannot be read.
+    """
+    if config.file is None and config.preset is None and config.resume and config.out is not None:
+        return engine.read(config.out)[0], config.out
+    if (config.file is None) == (config.preset is None):
+        raise ValueError(
+            "give a TOML file, or --preset digits, or --resume --out FOLDER of an earlier comparison."
+        )
+    if config.preset is not None:
+        if config.preset not in PRESETS:
+            hint = calls.nearest(config.preset, PRESETS)
+            raise ValueError(
+                f"Unknown preset {config.preset!r}: known are {', '.join(PRESETS)}.{hint}"
+            )
+        settings, name = PRESETS[config.preset], config.preset
+    else:
+        assert config.file is not None
+        settings, name = from_toml(config.file), config.file.stem
+    out = pathlib.Path("invjax-runs") / f"tradeoff-{name}" if config.out is None else config.out
+    if not config.resume:
+        store.check_folder(out, config.overwrite)
+    return settings, out
+
+
+def _run(config: TradeoffConfig, settings: Tradeoff, out: pathlib.Path) -> int:
+    console = Console(quiet=config.quiet)
+    shown: tuple[str, str, float] = ("", "", 0.0)
+
+    def tell(event: engine.Event) -> None:
+        nonlocal shown
+        line, part = (
+            f"{event.index + 1} of {event.total}: {event.family}: {event.phase}",
+            event.attacks,
+        )
+        message = event.message or (part.message if part is not None else "")
+        if event.phase == "done":
+            line = "done"
+        elif part is not None:
+            line += f" {part.jobs_done} of {part.jobs_total} jobs"
+        same = shown[:2] == (event.family, event.phase)
+        if message or not same or time.monotonic() - shown[2] > PLAIN_SECONDS:
+            shown = (event.family, event.phase, time.monotonic())
+            console.print(
+                message.splitlines()[-1] if message else line,
+                style="yellow" if message else None,
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+            with open(out / "tradeoff.log", "a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {(message or line).rstrip()}\n")
+
+    result = engine.tradeoff(
+        settings,
+        out,
+        resume=config.resume,
+        overwrite=config.overwrite,
+        checkpoint_seconds=config.checkpoint_seconds,
+        on_event=tell,
+    )
+    console.print(f"{len(result.table)} rows: {out / 'results.parquet'}", soft_wrap=True)
+    console.print(f"Report: {write_report(out)}", soft_wrap=True)
+    failed = result.failed_jobs + sum(one["attack"] == "training" for one in result.failed)
+    if failed:
+        print(f"invjax tradeoff: {failed} jobs failed; the report says why.", file=sys.stderr)
+        return 10 + min(failed, 89)
+    return 0
+
+
+def write_report(folder: pathlib.Path) -> pathlib.Path:
+    """Write a finished comparison's page into its folder.
+
+    Args:
+      folder: of the comparison.
+
+    Returns:
+      The page's path.
+
+    Raises:
+      ValueError: a folder without a finished comparison.
+      OSError: a full disk, say.
+    """
+    settings, versions, result = engine.read(folder)
+    if result is None:
+        raise ValueError(f"{folder}: the comparison is not finished; go on with --resume.")
+    texts = ["none", *(family.defense for family in settings.defenses)]
+    members = (engine.UNDEFENDED, *settings.defenses)
+
+    def samples(family: str, defense: str, attack: str):
+        index = texts.index(family)
+        (cell,) = grid.cells(attack_sweep(settings, [defense], [attack]))
+        inner = engine.attack_folder(folder, index, members[index])
+        path = inner / "reconstructions" / f"{cell.name}.npz"
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as arrays:
+            return {
+                side: arrays[side].reshape(-1, *arrays[side].shape[2:])
+                for side in ("truth", "reconstruction")
+            }
+
+    dataset = jobs.load(settings.dataset, settings.data_dir)
+    page = tradeoff_page(
+        settings=settings,
+        result=result,
+        samples=samples,
+        versions={name: value for name, value in versions.items() if value},
+        command=shlex.join(["invjax", "tradeoff", "--resume", "--out", str(folder)]),
+        value_range=run.raw_range(dataset),
+    )
+    path = folder / "report.html"
+    files.write_atomic(path, page.encode())
+    return path

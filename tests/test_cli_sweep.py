@@ -132,6 +132,7 @@ UNPRIVILEGED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
 def test_a_folder_that_becomes_read_only(file, tmp_path):
     assert cli.main(["sweep", str(file)]) == 0

@@ -7,7 +7,7 @@ import pathlib
 import re
 import tomllib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from invjax import calls
@@ -159,7 +159,24 @@ def from_mapping(settings: Mapping[str, Any]) -> Sweep:
     Raises:
       ValueError: an unknown name, with the nearest known one; or what `Sweep` refuses.
     """
-    known = {field.name for field in dataclasses.fields(Sweep)}
+    return Sweep(**with_tuples(settings, Sweep, AXES))
+
+
+def with_tuples(settings: Mapping[str, Any], kind: type, lists: Sequence[str]) -> dict[str, Any]:
+    """Settings of a dataclass, those that hold lists as tuples; a single value is a list of one.
+
+    Args:
+      settings: by name.
+      kind: the dataclass.
+      lists: which of them hold lists.
+
+    Returns:
+      Keywords of the dataclass.
+
+    Raises:
+      ValueError: an unknown name, with the nearest known one.
+    """
+    known = {field.name for field in dataclasses.fields(kind)}
     for name in settings:
         if name not in known:
             raise ValueError(
@@ -167,11 +184,11 @@ def from_mapping(settings: Mapping[str, Any]) -> Sweep:
                 f"{calls.nearest(name, known)}"
             )
     values = dict(settings)
-    for axis in AXES:
-        if axis in values:
-            value = values[axis]
-            values[axis] = tuple(value) if isinstance(value, list | tuple) else (value,)
-    return Sweep(**values)
+    for name in lists:
+        if name in values:
+            value = values[name]
+            values[name] = tuple(value) if isinstance(value, list | tuple) else (value,)
+    return values
 
 
 def from_toml(path: pathlib.Path | str) -> Sweep:

@@ -13,7 +13,7 @@ from invjax import calls
 from invjax.attacks import needs_labels
 from invjax.evaluation import families
 from invjax.evaluation.families import FAMILIES, Family
-from invjax.evaluation.grid import Sweep
+from invjax.evaluation.grid import Sweep, with_tuples
 
 OPTIMIZERS = {"adam": optax.adam, "sgd": optax.sgd}
 
@@ -152,19 +152,7 @@ def from_mapping(settings: Mapping[str, Any]) -> Tradeoff:
     Raises:
       ValueError: an unknown name, with the nearest known one; or what `Tradeoff` refuses.
     """
-    known = {field.name for field in dataclasses.fields(Tradeoff)}
-    for name in settings:
-        if name not in known:
-            raise ValueError(
-                f"Unknown setting {name!r}: known are {', '.join(sorted(known))}."
-                f"{calls.nearest(name, known)}"
-            )
-    values = dict(settings)
-    for name in ("defenses", "attacks", "seeds", "levels"):
-        if name in values and not isinstance(values[name], list | tuple):
-            values[name] = (values[name],)
-        if name in values:
-            values[name] = tuple(values[name])
+    values = with_tuples(settings, Tradeoff, ("defenses", "attacks", "seeds", "levels"))
     if "defenses" in values:
         values["defenses"] = tuple(families.read(entry) for entry in values["defenses"])
     return Tradeoff(**values)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shlex
 import signal
 import subprocess
@@ -163,6 +164,13 @@ def test_weights_are_used(tmp_path):
     config = cli.AttackConfig(model="mlp(8)", weights=path, out=tmp_path / "out")
     experiment, _ = cli.prepare(config)
     jax.tree.map(np.testing.assert_array_equal, experiment.params, params)
+
+
+def test_the_package_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["invjax"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("invjax", run_name="__main__")
+    assert "usage: invjax COMMAND" in capsys.readouterr().out
 
 
 def test_help(capsys):

@@ -55,7 +55,7 @@ ROWS = {
     "layerwise": Row(attacks.layerwise, batch_size=1),
     "row_scan": Row(attacks.row_scan),
     "spear": Row(lambda model: attacks.spear(model, num_steps=2, draws=8)),
-    "strong": Row(lambda model: attacks.strong(model, num_steps=2)),
+    "strong": Row(lambda model: attacks.strong(model, num_steps=2, generator=None)),
     "surrogate": Row(lambda model: federated.surrogate(model, num_steps=3), local=True),
     "tableak": Row(
         lambda model: attacks.tableak(model, SCHEMA, num_steps=3, restarts=2), table=True

@@ -26,6 +26,8 @@ SMALL = {
     "resnet18_batch": (lambda: models.resnet18(3, width=4, norm="batch"), (8, 8, 1)),
 }
 each = pytest.mark.parametrize("name", SMALL)
+# The slowest to compile, and near to another.
+SLOW = ("convnet_group",)
 
 
 @functools.cache
@@ -43,7 +45,9 @@ def relative(found, expected) -> float:
     return float(optax.tree.norm(difference) / (optax.tree.norm(expected) + 1e-30))
 
 
-@each
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SMALL]
+)
 def test_oracle_and_im2col_give_the_derivatives_of_the_plain_model(name):
     """Value, gradient and its gradient, against reverse over reverse on `lax`."""
     model, params, batch = case(name)

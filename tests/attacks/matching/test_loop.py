@@ -50,7 +50,14 @@ PRESETS = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+# The others share their optimizer with one of these.
+FEW = ("dlg", "inverting_gradients", "gradinversion", "bayes")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS],
+)
 def test_protocol(small, name):
     model, _, batch, observation = small
     attack = PRESETS[name](model, num_steps=4, restarts=2)

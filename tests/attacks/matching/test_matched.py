@@ -105,13 +105,8 @@ def results(channel):
     return found
 
 
-@pytest.mark.parametrize(
-    "channel",
-    [
-        name if name == "prune, gaussian" else pytest.param(name, marks=pytest.mark.slow)
-        for name in CHANNELS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("channel", CHANNELS)
 def test_nothing_beats_the_matched_adversary(channel):
     found = results(channel)
     others = max(psnr for name, psnr in found.items() if name != "bayes")

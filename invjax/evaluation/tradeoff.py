@@ -289,9 +289,10 @@ def _result(settings, measured, attacked, refused, failed) -> Result:
     every = {name: strongest.errors(rows, high - low) for name, rows in attacked.items()}
     table, curves = [], []
     for family in (UNDEFENDED, *settings.defenses):
-        if family.defense not in every:
+        if family.defense not in measured:
             continue
-        rows, found = measured[family.defense], every[family.defense].by_defense
+        rows = measured[family.defense]
+        found = every[family.defense].by_defense if family.defense in every else {}
         at = {
             strength: _point(settings, family, rows, strength, found)
             for strength in attacked_strengths(settings, family, rows)

@@ -27,6 +27,7 @@ def pareto(
     axis_name: str,
     percent: bool,
     data_range: float = 1.0,
+    error_name: str = "mean squared error",
 ) -> bytes:
     """Reconstruction error against lost utility, a panel a family, the other families faint behind it.
 
@@ -39,6 +40,7 @@ def pareto(
       axis_name: what was lost.
       percent: whether it is a share.
       data_range: of the data, in its unit.
+      error_name: whose error it is.
 
     Returns:
       A PNG file.
@@ -86,7 +88,7 @@ def pareto(
         last = max(row for row in range(rows) if row * columns + column < len(names))
         axes[last, column].tick_params(labelbottom=True)
     figure.supxlabel(axis_name, fontsize=10)
-    figure.supylabel("mean squared error of the strongest attack", fontsize=10)
+    figure.supylabel(error_name, fontsize=10)
     return figures.png(figure)
 
 

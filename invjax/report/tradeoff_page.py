@@ -59,7 +59,7 @@ def tradeoff_page(
         f"<h2>What this does not cover</h2>{_caveats(settings)}"
         f"<h2>Table</h2>{_table(settings, result)}"
         f"<h2>Lost utility against reconstruction error</h2>{_curves(settings, result, span)}"
-        f"<h2>What the strongest attack gives back</h2>{pictures}"
+        f"<h2>What the {_which(settings)} attack gives back</h2>{pictures}"
         f"<h2>Attacks that do not apply</h2>{_refused(settings, result)}"
         f"<h2>Failures</h2>{page.table(result.failed)}"
         f"<h2>Again</h2><pre>{html.escape(command)}</pre>"
@@ -70,15 +70,18 @@ def tradeoff_page(
 def _amount(settings: Tradeoff, value: float, error: float | None = None) -> str:
     """An amount of utility in words."""
     if settings.utility == "accuracy":
-        text = f"{100 * value:.3g}" + ("" if error is None else f" ± {100 * error:.1g}")
-        return f"{text} points of accuracy"
-    return f"{value:.3g}" + ("" if error is None else f" ± {error:.1g}") + " of training loss"
+        share = None if error is None else 100 * error
+        return f"{_number(100 * value, share)} points of accuracy"
+    return f"{_number(value, error)} of training loss"
 
 
 def _number(value: float | None, error: float | None = None, digits: str = ".3g") -> str:
     if value is None:
         return "–"
-    return f"{value:{digits}}" + ("" if error is None else f" ± {error:.1g}")
+    if error is None:
+        return f"{value:{digits}}"
+    # One digit, but never as a power of ten for want of a second one.
+    return f"{value:{digits}} ± " + (f"{error:.1g}" if error < 9.5 else f"{error:.0f}")
 
 
 def _which(settings: Tradeoff) -> str:
@@ -104,14 +107,11 @@ def _lead(settings: Tradeoff, result: Result) -> str:
 def _ranking(settings: Tradeoff, result: Result, level: float) -> str:
     rows = [row for row in result.table if row["level"] == level]
     usable = [row for row in rows if row["mse"] is not None]
-    equal = [row for row in usable if row["status"] in ("matched", "nearest")]
+    equal = [row for row in usable if row["status"] == "matched"]
     equal.sort(key=lambda row: -row["mse"])
     items = []
     for index, row in enumerate(equal):
         text = f"<strong>{html.escape(row['defense'])}</strong> lets {_says(settings, result, row)}"
-        if row["status"] == "nearest":
-            cost = _amount(settings, row["utility_loss"], row["utility_loss_error"])
-            text += f" (the nearest it comes to this price is {cost})"
         if index and _alike(equal[index - 1], row):
             text += "; not told apart from the one above"
         items.append(f"<li>{text}.</li>")
@@ -119,12 +119,13 @@ def _ranking(settings: Tradeoff, result: Result, level: float) -> str:
         f"<ol class=ranking>{''.join(items)}</ol>" if items else "<p>None is at this price.</p>"
     )
     for status, said in (
-        ("not reached", "costs less than this even at its strongest"),
-        ("already above", "costs more than this even at its weakest"),
+        ("nearest", "comes no nearer to this price than"),
+        ("not reached", "costs less than this even at its strongest:"),
+        ("already above", "costs more than this even at its weakest:"),
     ):
         outside = [row for row in usable if row["status"] == status]
         lines = "".join(
-            f"<li><strong>{html.escape(row['defense'])}</strong> {said}: "
+            f"<li><strong>{html.escape(row['defense'])}</strong> {said} "
             f"{_amount(settings, row['utility_loss'], row['utility_loss_error'])}; it lets "
             f"{_says(settings, result, row)}.</li>"
             for row in outside
@@ -232,7 +233,14 @@ def _curves(settings: Tradeoff, result: Result, span: float) -> str:
     axis_name = {"accuracy": "accuracy lost", "loss": "training loss added"}[settings.utility]
     percent = settings.utility == "accuracy"
     png = tradeoff_figures.pareto(
-        drawn, bare[0], result.guess["mse"], settings.levels, axis_name, percent, span
+        drawn,
+        bare[0],
+        result.guess["mse"],
+        settings.levels,
+        axis_name,
+        percent,
+        span,
+        f"mean squared error of the {_which(settings)} attack",
     )
     return (
         page.image(png, "Reconstruction error against lost utility, a panel a family")

@@ -229,6 +229,36 @@ def test_a_killed_comparison_resumes_to_the_same_table(whole, tmp_path, monkeypa
     assert trained == ["sign_compress"]
 
 
+def test_a_comparison_killed_within_its_attacks_resumes_to_the_same_table(
+    whole, tmp_path, monkeypatch
+):
+    stand_ins(monkeypatch)
+    attacked, sweep = [], tradeoff.engine.sweep
+
+    def killed(settings, folder, **options):
+        attacked.append(folder.name)
+        result = sweep(settings, folder, **options)
+        if len(attacked) == 2:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(tradeoff.engine, "sweep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tradeoff.tradeoff(SMALL, tmp_path / "again")
+    result = tradeoff.tradeoff(SMALL, tmp_path / "again", resume=True)
+    assert result == whole[1]
+    assert len(attacked) == 5 and attacked[1] == attacked[3]
+
+
+def test_a_defense_that_no_attack_applies_to_keeps_its_price(tmp_path, monkeypatch):
+    stand_ins(monkeypatch)
+    result = tradeoff.tradeoff(dataclasses.replace(SMALL, attacks=("hybrid",)), tmp_path / "none")
+    assert [row["family"] for row in result.table] == ["gaussian_noise(*)", "sign_compress"]
+    assert all(row["mse"] is None and row["attack"] is None for row in result.table)
+    assert result.table[0]["status"] == "matched" and result.guess == {}
+    assert len(result.refused) == 3
+
+
 @pytest.mark.slow
 def test_trainings_and_attacks_in_earnest(tmp_path):
     first = tradeoff.tradeoff(SMALL, tmp_path / "whole")

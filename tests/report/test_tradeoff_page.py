@@ -96,12 +96,19 @@ def test_the_ranking_begins_with_the_best_protection():
 
 
 def test_what_cannot_be_told_apart_is_said():
-    near = RESULT.table[1] | {"mse": 0.0295, "status": "nearest"}
+    near = RESULT.table[1] | {"mse": 0.0295}
     text = ranking(page(RESULT._replace(table=[RESULT.table[0], near])))
     assert "not told apart from the one above" in text
-    assert "the nearest it comes to this price is 4.9 ± 0.4 points" in text
     hopeless = [row | {"mse": 0.06} for row in RESULT.table[:1]]
     assert "no better than a guess" in ranking(page(RESULT._replace(table=hopeless)))
+
+
+def test_what_only_comes_near_the_price_is_not_in_the_order():
+    near = RESULT.table[1] | {"status": "nearest", "utility_loss": 0.9, "utility_loss_error": 0.12}
+    text = ranking(page(RESULT._replace(table=[RESULT.table[0], near])))
+    ordered = text[text.index("<ol") : text.index("</ol>")]
+    assert ordered.count("<li>") == 1 and "magnitude_prune" not in ordered
+    assert "comes no nearer to this price than 90 ± 12 points" in text
 
 
 def test_what_does_not_apply_to_any_defense_is_one_row():
@@ -133,6 +140,7 @@ def test_other_units_and_definitions_are_named():
                         levels=(0.05,), reduce="max", attack_step=7)  # fmt: skip
     text = page(settings=settings, samples=lambda *_: None)
     assert "At a price of 0.05 of training loss" in text and "the weakest attack" in text
+    assert "What the weakest attack gives back" in text
     assert "as the definition is printed" in text and "after 7 undefended steps" in text
     assert text.count("<img ") == 1
 

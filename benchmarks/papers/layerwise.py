@@ -121,6 +121,7 @@ def compare(options) -> list[dict]:
         }
         for title, attack in known.items():
             if title == "DLG" and model.num_classes == 1:
+                row[title] = "-"
                 continue
             with jax.enable_x64(title in ("layerwise", "hybrid")):
                 run = jax.jit(attack)

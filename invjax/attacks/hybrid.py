@@ -17,7 +17,7 @@ from invjax.attacks.analytic.layerwise.recursion import (
 )
 from invjax.attacks.analytic.layerwise.solvers import Solver
 from invjax.attacks.matching.objectives import cosine_per_layer
-from invjax.attacks.matching.priors import Context, total_variation
+from invjax.attacks.matching.priors import Context, project_to_box, total_variation
 from invjax.base import Array, Attack, Batch, Model, Observation, Reconstruction, closed_form
 from invjax.defenses.checks import check as check_number
 from invjax.defenses.checks import choose
@@ -40,8 +40,8 @@ class Correction(NamedTuple):
       linear: weight of the squared error of the linear system.
       learning_rate: of Adam.
       decay: whether that falls to zero along half a cosine.
-      adaptive: leave a solved system alone, and drop the linear term where a layer behind is
-        deficient, so that the system's right sides are guesses.
+      adaptive: leave a solved system alone, keep the image in its public range, and drop the linear
+        term where a layer behind is deficient, so that the system's right sides are guesses.
     """
 
     steps: int
@@ -69,7 +69,7 @@ def schedule_of(schedule: Schedule, layers: int) -> tuple[Correction, ...]:
     """
     choose("schedule", schedule, get_args(Schedule))
     if schedule == "ours":
-        image = Correction(3000, 30.0, 0.1, 0.05, 1e-2, decay=True, adaptive=True)
+        image = Correction(6000, 30.0, 0.2, 0.05, 0.1, decay=True, adaptive=True)
         inner = image._replace(steps=1000, linear=0.1)
         return (image, *[inner] * (layers - 1))
     named = [Correction(10_000, 1.0, 1.0, 0.05), Correction(8000, 1.0, 1.0, 0.1)]
@@ -215,13 +215,18 @@ def descend(
         value += variation(inputs[None], Context(seen, inputs[None]))
         return value + linear * system_error(system, layers[0], observed[0], inputs)
 
+    # Of the image alone the range is known.
+    boxed = plan.adaptive and index == 0
     rate = plan.learning_rate
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, plan.steps) if plan.decay else rate)
 
     def step(carry, _):
         inputs, state = carry
         updates, state = optimizer.update(jax.grad(objective)(inputs), state)
-        return (optax.apply_updates(inputs, updates), state), None
+        inputs = optax.apply_updates(inputs, updates)
+        if boxed:
+            inputs = project_to_box(inputs[None], observation)[0]
+        return (inputs, state), None
 
     (inputs, _), _ = jax.lax.scan(step, (inputs, optimizer.init(inputs)), length=plan.steps)
     return inputs.astype(dtype)

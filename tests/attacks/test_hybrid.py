@@ -87,7 +87,7 @@ def test_two_layers_of_which_the_second_is_deficient(shapes):
     batches, seen, keys = victims(model, 16, 4)
     before, _ = errors(layerwise(model), batches, seen, keys)
     ours, _ = errors(hybrid(model), batches, seen, keys)
-    assert (ours < before).all() and ours.mean() < before.mean() / 1.5
+    assert (ours < before / 2).all(), (before, ours)
 
 
 def test_the_linear_term_is_that_of_the_matrices():

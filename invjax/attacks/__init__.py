@@ -2,10 +2,12 @@
 
 `matching` holds gradient matching and its presets, `analytic` closed forms, `hybrid` layer-wise systems
 corrected by matching, `strong` matching guided by features that the `tensor` method recovers, `labels` the
-recovery of labels alone. Every attack is an `invjax.base.Attack`:
+recovery of labels alone, `informed` the adversary who holds all records but one and the released weights.
+Every other attack is an `invjax.base.Attack`:
 pure, `jit`- and `vmap`-able.
 """
 
+from invjax.attacks import informed as informed
 from invjax.attacks import label_counts as label_counts
 from invjax.attacks import labels as labels
 from invjax.attacks.analytic import bias_trick as bias_trick
@@ -49,6 +51,7 @@ __all__ = [
     "hybrid",
     "idlg",
     "imprints",
+    "informed",
     "inverting_gradients",
     "label_counts",
     "labels",

@@ -5,10 +5,12 @@ inversion, a lower bound on it, and its mean under Gaussian noise (the Cramér-R
 `exclusivity` holds the security boundary of ReLU networks: which neurons fire on one sample alone, and
 which batches have twins of the very same gradient. `security_index` counts what the linear equations of
 every layer leave open. `cramer_rao` computes lower bounds for any model and defence, and `two_layer` has the
-table of bounds, upper and lower, for two-layer networks. Pure functions of a model, its parameters and a
+table of bounds, upper and lower, for two-layer networks. `fisher` has the information that released
+weights carry about a record. Pure functions of a model, its parameters and a
 batch: they read the truth, as no attack may.
 """
 
+from invjax.theory import fisher as fisher
 from invjax.theory.cramer_rao import LowerBound as LowerBound
 from invjax.theory.cramer_rao import cramer_rao as cramer_rao
 from invjax.theory.cramer_rao import gaussian_prior_information as gaussian_prior_information
@@ -42,6 +44,7 @@ __all__ = [
     "exclusivity_state",
     "expected_psnr",
     "expected_squared_error",
+    "fisher",
     "frozen_kernel",
     "gaussian_prior_information",
     "influence",

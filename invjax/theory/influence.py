@@ -134,7 +134,7 @@ def lower_bound(
     check("damping", damping, 0.0)
     gap = _lanczos_gap(batch.inputs.size, num_steps)
     push, pull = _jacobian(model, params, batch)
-    largest = _largest_ritz_value(push, pull, batch.inputs, num_steps, key) / (1 - gap)
+    largest = largest_ritz_value(push, pull, batch.inputs, num_steps, key) / (1 - gap)
     slope = jnp.linalg.norm(pull(perturbation).ravel())
     return slope / (largest + jnp.asarray(damping, slope.dtype))
 
@@ -167,7 +167,7 @@ def largest_eigenvalue(
     batch = _check(model, params, batch, num_steps)
     gap = _lanczos_gap(batch.inputs.size, num_steps)
     push, pull = _jacobian(model, params, batch)
-    return _largest_ritz_value(push, pull, batch.inputs, num_steps, key) / (1 - gap)
+    return largest_ritz_value(push, pull, batch.inputs, num_steps, key) / (1 - gap)
 
 
 def expected_squared_error(
@@ -282,9 +282,10 @@ def _solve(operator: Callable, target: Array, num_steps: int, tolerance: float) 
 
 
 @at_full_precision
-def _largest_ritz_value(
+def largest_ritz_value(
     push: Callable, pull: Callable, inputs: Array, num_steps: int, key: Array | None
 ) -> Array:
+    """Largest eigenvalue of `pull(push(.))` in a Krylov space, from below."""
     size, eps = inputs.size, jnp.finfo(inputs.dtype).eps
     count = min(num_steps, size)
     start = jax.random.normal(jax.random.key(0) if key is None else key, (size,), inputs.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from invjax import calls
-from invjax.cli import attack, audit, sweep, tradeoff
+from invjax.cli import attack, audit, privacy, sweep, tradeoff
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "attack": (attack.attack, "reconstruct private samples from their gradients, and report on it"),
@@ -21,6 +21,10 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
         "compare defences that cost the same utility, by the strongest attack on each; resumable",
     ),
     "report": (sweep.report, "write the page of a sweep's folder, finished or running"),
+    "privacy": (
+        privacy.privacy,
+        "tell what parameters of DP-SGD mean for the reconstruction of a record",
+    ),
     "audit": (audit.audit, "tell from a model's layers whether its gradient gives a sample away"),
 }
 

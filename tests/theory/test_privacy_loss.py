@@ -1,0 +1,157 @@
+"""The blow-up function by FFT: values, both sides of the truth, and dp-accounting's."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.special import ndtr, ndtri
+
+from invjax.theory.privacy_loss import fft_blowup, fft_delta
+from invjax.theory.rero import gamma_gaussian
+
+# kappa, sampling rate, noise multiplier, steps, gamma
+VALUES = [
+    (0.1, 1, 1, 1, 0.389144),
+    (0.1, 1, 0.5, 1, 0.763760),
+    (0.01, 1, 1, 1, 0.092362),
+    (0.1, 0.1, 1, 1, 0.128914),
+    (0.1, 0.5, 1, 1, 0.244572),
+    (0.125, 1, 27, 100, 0.217702),
+    (0.125, 1, 9.5, 100, 0.461078),
+    (0.125, 1, 5, 100, 0.802240),
+    (0.1, 0.1, 1, 100, 0.46919),
+    (0.1, 0.02, 0.6, 1000, 0.73501),
+    (0.1, 0.01, 1, 2000, 0.24359),
+    (0.01, 0.1, 1, 100, 0.14605),
+    (0.01, 1, 40, 100, 0.01893),
+]
+
+
+def both(kappa, rate, noise, steps, **options):
+    return [
+        fft_blowup(kappa, noise, rate, steps, certified=certified, **options)
+        for certified in (False, True)
+    ]
+
+
+def closed_form(kappa, rate, noise, steps):
+    """Where there is one: full batches, or one step."""
+    assert rate == 1 or steps == 1
+    return (1 - rate) * kappa + rate * ndtr(ndtri(kappa) + math.sqrt(steps) / noise)
+
+
+@pytest.mark.parametrize(("kappa", "rate", "noise", "steps", "gamma"), VALUES)
+def test_reference_values(kappa, rate, noise, steps, gamma):
+    lower, upper = both(kappa, rate, noise, steps)
+    assert lower == pytest.approx(gamma, abs=1e-5)
+    assert lower <= upper <= lower + 2e-6
+    if rate == 1 or steps == 1:
+        exact = closed_form(kappa, rate, noise, steps)
+        assert lower <= exact <= upper
+        assert upper - exact < 1e-6 and exact - lower < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "steps"),
+    [(0.3, 0.7, 1), (1, 2, 4), (0.9999, 1.5, 1), (1e-4, 1, 1), (0.1, 0.1, 1), (1, 300, 10**5)],
+)
+def test_certificate_holds_against_closed_forms(rate, noise, steps):
+    """On both sides of the truth at every kappa, on coarse grids as well."""
+    kappa = np.concatenate((np.logspace(-9, -1, 30), np.linspace(0.1, 1, 60)))
+    exact = closed_form(kappa, rate, noise, steps)
+    for num_bins in (64, 1024, None):
+        lower, upper = both(kappa, rate, noise, steps, num_bins=num_bins)
+        assert (lower <= exact + 1e-15).all() and (exact <= upper).all()
+        assert (upper >= kappa).all() and (upper <= 1).all() and (lower >= kappa).all()
+    # Rounding is allowed for in the sizes of tests too, which costs where gamma is steep.
+    assert (upper - exact).max() < 5e-5 and (exact - lower)[kappa > 0.01].max() < 5e-5
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "steps", "gap"),
+    [
+        (0.01, 1, 2000, 5e-6),
+        (0.5, 30, 2000, 5e-6),
+        (0.01, 0.3, 2000, 5e-6),
+        (0.9999, 50, 2000, 5e-6),
+        (0.2, 0.05, 3, 1e-4),
+        (1e-4, 0.5, 1000, 5e-6),
+        (1e-6, 1, 10_000, 5e-6),
+        (0.001, 0.7, 100_000, 1e-4),
+    ],
+)
+def test_both_sides_are_close(rate, noise, steps, gap):
+    kappa = np.array([1e-4, 0.01, 0.1, 0.5, 0.9])
+    lower, upper = both(kappa, rate, noise, steps)
+    assert (lower <= upper).all() and (upper - lower < gap).all()
+
+
+def test_coarse_certificates_stay_above_fine_ones():
+    kappa = np.linspace(0.01, 0.9, 20)
+    truth = both(kappa, 0.1, 1, 50)
+    for num_bins in (64, 256, 1000, 4096):
+        lower, upper = both(kappa, 0.1, 1, 50, num_bins=num_bins)
+        assert (lower <= truth[1]).all() and (upper >= truth[0]).all()
+    assert (both(kappa, 0.1, 1, 50, num_bins=256)[1] - truth[1] > 1e-6).any()
+
+
+def test_error_is_quadratic_in_the_bins():
+    """What splitting to both ends brings over rounding up."""
+    truth = fft_blowup(0.1, 1.0, 0.1, 100, certified=False)
+    coarse, fine = (
+        fft_blowup(0.1, 1.0, 0.1, 100, num_bins=bins) - truth for bins in (2**10, 2**12)
+    )
+    assert coarse / fine == pytest.approx(16, rel=0.3)
+
+
+def test_it_is_concave_and_monotone():
+    kappa = np.linspace(0, 1, 201)
+    for certified in (False, True):
+        found = fft_blowup(kappa, 0.8, 0.05, 200, certified=certified)
+        assert (np.diff(found) >= 0).all() and (np.diff(found, 2) <= 1e-6).all()
+    assert fft_blowup(kappa.reshape(3, 67), 0.8, 0.05, 200).shape == (3, 67)
+    assert np.shape(fft_blowup(0.1, 0.8, 0.05, 200)) == ()
+
+
+def test_delta_agrees_with_dp_accounting():
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    rate, noise, steps = 0.1, 1.5, 30
+    one = pld.from_gaussian_mechanism(noise, sampling_prob=rate, value_discretization_interval=5e-4)
+    theirs = one.self_compose(steps)
+    epsilon = np.linspace(0, 3, 61)
+    delta = theirs.get_delta_for_epsilon(epsilon)
+    np.testing.assert_allclose(fft_delta(epsilon, noise, rate, steps), delta, rtol=1e-3, atol=1e-6)
+    # The same blow-up function, as the lower envelope of lines.
+    kappa = np.array([0.001, 0.01, 0.1])
+    lines = np.exp(epsilon)[:, None] * kappa + np.array(delta)[:, None]
+    found = fft_blowup(kappa, noise, rate, steps)
+    assert (lines.min(0) >= found - 1e-6).all()
+    np.testing.assert_allclose(lines.min(0), found, rtol=2e-3)
+
+
+def test_delta_of_full_batches():
+    """Balle and Wang 2018, theorem 8."""
+    mu, epsilon = math.sqrt(20) / 8, np.array([0.0, 0.5, 1.0, 2.0])
+    exact = ndtr(mu / 2 - epsilon / mu) - np.exp(epsilon) * ndtr(-mu / 2 - epsilon / mu)
+    found = fft_delta(epsilon, 8, 1, 20)
+    assert (found >= exact).all() and (found - exact < 2e-6).all()
+    assert gamma_gaussian(0.1, mu) <= (np.exp(epsilon) * 0.1 + found).min()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: fft_blowup(1.5, 1, 0.1, 1), r"kappa must lie in \[0, 1\], got 1.5"),
+        (lambda: fft_blowup(0.1, 0, 0.1, 1), "noise_multiplier must lie in"),
+        (lambda: fft_blowup(0.1, math.inf, 0.1, 1), "noise_multiplier must lie in"),
+        (lambda: fft_blowup(0.1, 1, 0.0, 1), "sampling_rate must lie in"),
+        (lambda: fft_blowup(0.1, 1, 1.1, 1), "sampling_rate must lie in"),
+        (lambda: fft_blowup(0.1, 1, 0.1, 0), "steps must lie in"),
+        (lambda: fft_blowup(0.1, 1, 0.1, 1, num_bins=2), "num_bins must lie in"),
+        (lambda: fft_delta(-1.0, 1, 0.1, 1), "epsilon must be at least 0"),
+    ],
+)
+def test_arguments_are_validated(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

@@ -223,10 +223,10 @@ def descend(
     def step(carry, _):
         inputs, state = carry
         updates, state = optimizer.update(jax.grad(objective)(inputs), state)
-        inputs = optax.apply_updates(inputs, updates)
+        moved = jnp.asarray(optax.apply_updates(inputs, updates))
         if boxed:
-            inputs = project_to_box(inputs[None], observation)[0]
-        return (inputs, state), None
+            moved = project_to_box(moved[None], observation)[0]
+        return (moved, state), None
 
     (inputs, _), _ = jax.lax.scan(step, (inputs, optimizer.init(inputs)), length=plan.steps)
     return inputs.astype(dtype)

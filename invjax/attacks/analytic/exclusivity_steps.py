@@ -114,7 +114,8 @@ def squared_distances(rows: Array) -> Array:
     if rows.shape[1] > 16:
         return jnp.square(rows[:, None] - rows[None]).sum(axis=-1)
     # Few columns, written out: a sixth of the time of the reduction.
-    return sum(jnp.square(column[:, None] - column[None]) for column in rows.T)
+    first, *others = (jnp.square(column[:, None] - column[None]) for column in rows.T)
+    return sum(others, first)
 
 
 def support_patterns(

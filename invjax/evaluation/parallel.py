@@ -255,6 +255,34 @@ def _run(program, numbers, params, observation, keys, checkpoints, on_chunk) -> 
     )
 
 
+def sharded_map(
+    function: Callable[[PyTree, PyTree], PyTree], devices: Sequence[jax.Device] | None = None
+) -> Callable[[PyTree, PyTree], PyTree]:
+    """Compile a function for many inputs at once.
+
+    Args:
+      function: `function(shared, one) -> result`.
+      devices: of this process; all of them where `None`.
+
+    Returns:
+      `mapped(shared, stacked) -> results`: of stacked inputs `[N, ...]`, stacked on the host in
+      their order. Uneven numbers are padded; it compiles anew for another `N`.
+    """
+    devices = tuple(jax.local_devices() if devices is None else devices)
+
+    def several(shared, stacked):
+        return conv.grouped_vmap(lambda one: function(shared, one))(stacked)
+
+    spread = jax.pmap(several, in_axes=(None, 0), devices=devices)
+
+    def mapped(shared, stacked):
+        number = len(jax.tree.leaves(stacked)[0])
+        results = spread(shared, _stack(stacked, len(devices)))
+        return jax.tree.map(np.asarray, _unstack(results, number))
+
+    return mapped
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _stack(tree, devices):
     """Jobs `[N, ...]` as `[devices, jobs, ...]`, padded with copies of the first."""

@@ -180,3 +180,26 @@ def test_progress_and_a_closed_form(problem):
     expected = jax.vmap(lambda key: jax.random.normal(key, (1, 8, 8, 1)))(keys)
     np.testing.assert_allclose(result.reconstruction.inputs, expected, atol=1e-6)
     assert result.steps == 0 and np.isnan(result.initial_objective).all()
+
+
+def test_a_map_over_devices_is_a_map():
+    traces = []
+
+    def function(shared, one):
+        traces.append(1)
+        return {"sum": shared["a"] + one[0].sum(), "key": jax.random.key_data(one[1])}
+
+    rng = np.random.default_rng(0)
+    shared, values = {"a": rng.normal(size=3)}, rng.normal(size=(JOBS, 4)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), JOBS)
+    for devices in (None, jax.local_devices()[:1], jax.local_devices()[:5]):
+        mapped = parallel.sharded_map(function, devices)
+        found = mapped(shared, (values, keys))
+        assert isinstance(found["sum"], np.ndarray) and found["sum"].shape == (JOBS, 3)
+        np.testing.assert_allclose(
+            found["sum"], shared["a"][None] + values.sum(axis=1)[:, None], rtol=1e-5
+        )
+        np.testing.assert_array_equal(found["key"], jax.random.key_data(keys))
+    before = len(traces)
+    mapped({"a": 2 * shared["a"]}, (-values, keys))
+    assert len(traces) == before

@@ -358,9 +358,6 @@ def tensor_section(options) -> list[dict]:
     return rows
 
 
-SECTIONS = {"tensor": tensor_section}
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -372,7 +369,7 @@ def main() -> None:
     section.add_argument("--quick", action="store_true", help="fewer seeds and units")
     section.add_argument("--json")
     options = parser.parse_args()
-    rows = SECTIONS[options.section](options)
+    rows = tensor_section(options)
     timing.write(
         options.json,
         rows,

@@ -8,12 +8,11 @@ point with an output bias of 3, samples are random unit vectors, labels 1 and -1
 of one deviation is added to all derivatives of the sum of `(f - y)^2 / 2`: those in `a` alone are not
 buried, and the bound and the fit from the truth take only them. Errors are the root of the mean squared
 distance of a sample. `bound` is the Cramér-Rao bound with known labels, `likelihood` a Gauss-Newton fit
-from the truth, `moments` the tensor attack as published on the output layer's gradient, and `fitted` its
-form with regression and a final fit (slow, so only on request), which know neither labels nor truth.
-`upper` is
-`C (B + s) sqrt(d / m)` with the largest constant that `moments` needs. The slopes are of least squares in
-the logarithms; the table of bounds has 1/2, -1/2, 0 and 1 (`bound`) for dimension, width, batch size and
-noise.
+from the truth, `moments` the tensor attack as published on the output layer's gradient, and `fitted` the
+same with a final fit of both layers by maximum likelihood (slow, so only on request), which know neither
+labels nor truth. `upper` is `C (B + s) sqrt(d / m)` with the largest constant that `moments` needs. The
+slopes are of least squares in the logarithms; the table of bounds has 1/2, -1/2, 0 and 1 (`bound`) for
+dimension, width, batch size and noise.
 """
 
 import argparse
@@ -117,8 +116,8 @@ def tensor_attack(key, dimension, width, batch_size, noise, trials, name):
     defense = defenses.gaussian_noise(noise / batch_size)
     gradient = jax.grad(model.loss)(params, batch)
     facts = invjax.Facts(input_shape=(dimension,), num_classes=1, batch_size=batch_size)
-    options = {"method": "paper"} if name == "moments" else {"noise_std": 1.0}
-    attack = tensor.tensor(model, estimator="outer", norm=1.0, **options)
+    options = {} if name == "moments" else {"polish": True, "noise_std": noise / batch_size}
+    attack = tensor.tensor(model, method="paper", estimator="outer", norm=1.0, **options)
 
     def one(key):
         noise_key, key = jax.random.split(key)

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from invjax import gradients
-from invjax.attacks.analytic.tensor.head import HeadFeatures, head_features, head_layers
+from invjax.attacks.analytic.tensor.head import (
+    HeadFeatures,
+    check_size,
+    head_features,
+    head_layers,
+    head_problem,
+    head_span,
+)
 from invjax.attacks.matching import generator as generators
 from invjax.attacks.matching import objectives, presets, priors
 from invjax.attacks.matching.loop import gradient_matching, normal
@@ -18,13 +25,14 @@ from invjax.models.layers import apply_layers
 from invjax.observe import check_observation, per_step_gradient
 
 Guide = Literal["subspace", "features", "none"]
+Labels = Literal["known", "recovered"]
 
 
 class Guidance(NamedTuple):
     """What the gradient of the dense head told of the features.
 
     Attributes:
-      features: `[B, d]`, in the order of the labels.
+      features: `[B, d]`, in the order of the labels; zero where they are not finite or were not sought.
       reliability: `[B]` in [0, 1], of each.
       subspace: `[B, d]`, orthonormal rows that span them.
       gate: how far the span can be relied on, in [0, 1].
@@ -48,6 +56,7 @@ def strong(
     num_steps: int = 2000,
     restarts: int = 1,
     noise_std: float | None = None,
+    labels: Labels | None = None,
     **settings: Any,
 ) -> Attack:
     """Gradient inversion by an untrained generator, with feature matching (Liu et al. 2024).
@@ -80,17 +89,20 @@ def strong(
       num_steps: steps.
       restarts: independent starts.
       noise_std: standard deviation of a defence's noise, for the recovery of the features.
+      labels: `known` takes those that the observation grants, `recovered` those recovered with the
+        features, whatever is granted; where `None`, those granted, if any.
       **settings: of `gradient_matching`.
 
     Returns:
-      The attack. Labels that the observation does not grant are those recovered with the features.
-      `diagnostics` holds the `Guidance` besides.
+      The attack. `diagnostics` holds the `Guidance` besides; features are only sought where they or
+      their labels are needed, for that takes a wide layer (see `head_features`).
 
     Raises:
       ValueError: an unknown guide, a number out of range, or a model without such a head; at its
-        first use, an observation that does not fit.
+        first use, an observation that does not fit, or that does not grant `known` labels.
     """
     choose("guide", guide, get_args(Guide))
+    choose("labels", labels or "known", get_args(Labels))
     check("weight", weight, 0.0)
     check("tolerance", tolerance, 0.0, open_low=True)
     head = model.head
@@ -131,32 +143,45 @@ def strong(
             "prior": priors.combine(*presets.smoothness(total_variation, "anisotropic")),
             "initializer": start,
             "candidate": candidate,
-            "labels": "known",
             **(pixels if drawn is None else {"optimizer": optax.adam(rate), "decode": drawn[1]}),
             **settings,
         }
+        # Whatever their source, the labels are known before the loop starts.
+        plan["labels"] = "known"
         return gradient_matching(model, num_steps=num_steps, restarts=restarts, **plan)
+
+    def granted(observation: Observation) -> Array | None:
+        return None if labels == "recovered" else observation.labels
+
+    def seeks_features(observation: Observation) -> bool:
+        return guide == "features" or granted(observation) is None
 
     def check_head(observation: Observation) -> None:
         check_observation(model, observation)
-        head_layers(model, observation.params)
+        hidden, _ = head_layers(model, observation.params)
         if observation.facts.batch_size is None:
             raise ValueError("The strong attack needs an observation that tells its batch_size.")
+        if labels == "known" and observation.labels is None:
+            raise ValueError("labels='known', but the observation grants none: use 'recovered'.")
+        if seeks_features(observation):
+            problem = head_problem(model, observation.params, observation.gradient)
+            check_size(_size(observation), problem, hidden.activation, "outer")
 
     def init(key: Array, observation: Observation):
         head_key, key = jax.random.split(key)
-        found = head_features(
-            model,
-            observation.params,
-            per_step_gradient(observation),
-            _size(observation),
-            key=head_key,
-            noise_std=noise_std,
-        )
-        labels = found.labels if observation.labels is None else observation.labels
-        known = guidance(found, labels, tolerance)
+        gradient, size = per_step_gradient(observation), _size(observation)
+        if seeks_features(observation):
+            found = head_features(
+                model, observation.params, gradient, size, key=head_key, noise_std=noise_std
+            )
+            given = granted(observation)
+            mine = found.labels if given is None else given
+            known = guidance(found, mine, tolerance)
+        else:
+            mine = observation.labels
+            known = only_span(*head_span(model, gradient, size), tolerance)
         inner = matching(observation.facts.input_shape, known)
-        return inner.init(key, observation._replace(labels=labels))
+        return inner.init(key, observation._replace(labels=mine))
 
     def step(observation: Observation, state):
         return matching(observation.facts.input_shape).step(observation, state)
@@ -191,13 +216,33 @@ def guidance(found: HeadFeatures, labels: Array, tolerance: float) -> Guidance:
     mismatch = (labels[:, None] != found.labels[None]).astype(found.features.dtype)
     slots, order = optax.assignment.hungarian_algorithm(mismatch)
     order = jnp.zeros_like(order).at[slots].set(order)
-    reliability = jnp.clip(1.0 - found.residual[order] / tolerance, 0.0, 1.0)
-    return Guidance(
-        features=found.features[order],
-        reliability=jnp.where(labels == found.labels[order], reliability, 0.0),
-        subspace=found.subspace,
-        gate=jnp.clip(1.0 - found.gap / tolerance, 0.0, 1.0),
+    features = found.features[order]
+    finite = jnp.isfinite(features).all(axis=1)
+    counts = finite & (labels == found.labels[order])
+    return only_span(found.subspace, found.gap, tolerance)._replace(
+        features=jnp.where(finite[:, None], features, 0.0),
+        reliability=jnp.where(counts, _trust(found.residual[order], tolerance), 0.0),
     )
+
+
+def only_span(subspace: Array, gap: Array, tolerance: float) -> Guidance:
+    """Guidance without features.
+
+    Args:
+      subspace: `[B, d]`, orthonormal rows.
+      gap: the share of a singular value too many.
+      tolerance: of it, that counts nothing.
+
+    Returns:
+      The guidance; features and their reliabilities are zero.
+    """
+    features = jnp.zeros_like(subspace)
+    return Guidance(features, features[:, 0], subspace, _trust(gap, tolerance))
+
+
+def _trust(residual: Array, tolerance: float) -> Array:
+    """From 1 to 0 at the tolerance, and 0 where it is no number."""
+    return jnp.where(jnp.isfinite(residual), jnp.clip(1.0 - residual / tolerance, 0.0, 1.0), 0.0)
 
 
 def disagreement(guide: Guide, features: Array, known: Guidance) -> Array:

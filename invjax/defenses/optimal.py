@@ -77,6 +77,10 @@ def optimal_noise(
     that there is (Cauchy-Schwarz); uniform noise has `sum n_i sum q_i`. Chen et al. 2024 print
     `sqrt(n_i / q_i)` as a deviation; their derivation and their code have it as the variance.
 
+    A coordinate with `n_i = 0` is sent without noise. That is right for the batch whose sensitivities
+    they are, but with those of public data it may leak of a private batch, in which another unit of a
+    ReLU network is awake: prefer a smooth activation, much public data, or `layerwise`.
+
     Args:
       source: a `Sensitivity` of public data, recommended, or the `Model` for that of every batch.
       std: root mean square of the standard deviations over all parameters, in gradient units, so

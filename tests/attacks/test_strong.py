@@ -1,15 +1,19 @@
 """The strong attack: features from the head's gradient, a span, a gate, and a generator."""
 
+import dataclasses
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import invjax
 from invjax import datasets, defenses, metrics
-from invjax.attacks.analytic.tensor.head import head_features
+from invjax.attacks import by_name
+from invjax.attacks.analytic.tensor.head import HeadFeatures, head_features
 from invjax.attacks.matching.generator import unet
 from invjax.attacks.strong import disagreement, guidance, strong
 from invjax.models.chain import Spec, chain_model
@@ -39,9 +43,20 @@ def problem(noise: float = 0.0):
 
 
 @functools.cache
+def compiled(guide: str, **settings):
+    return jax.jit(strong(MODEL, guide=guide, **{"num_steps": 60, "generator": SMALL, **settings}))
+
+
+@functools.cache
 def attacked(guide: str, noise: float = 0.0, **settings):
-    attack = strong(MODEL, guide=guide, **{"num_steps": 60, "generator": SMALL, **settings})
-    return jax.jit(attack)(jax.random.key(1), problem(noise)[1])
+    return compiled(guide, **settings)(jax.random.key(1), problem(noise)[1])
+
+
+def pruned(fraction: float, seen):
+    """Of all layers together, so that little or nothing is left of one."""
+    flat, unravel = ravel_pytree(seen.gradient)
+    kept = jnp.abs(flat) >= jnp.sort(jnp.abs(flat))[int(fraction * flat.size)]
+    return seen._replace(gradient=unravel(jnp.where(kept, flat, 0.0)))
 
 
 def true_features(params):
@@ -63,6 +78,62 @@ def test_features_and_labels_come_from_the_gradient():
     np.testing.assert_allclose(
         jnp.linalg.norm(spanned, axis=1), jnp.linalg.norm(true_features(params), axis=1), rtol=1e-4
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fraction", [0.8, 0.97, 0.999])
+def test_features_that_are_not_told_are_not_trusted(fraction):
+    """The fit of what is left is good wherever it leads, once little is left."""
+    params, seen = problem()
+    found = compiled("features", num_steps=3, generator=None)(KEY, pruned(fraction, seen))
+    assert jnp.isfinite(found.objective) and jnp.isfinite(found.inputs).all()
+    features, truth = found.diagnostics["features"], true_features(params)
+    norms = jnp.linalg.norm(features, axis=1)[:, None] * jnp.linalg.norm(truth, axis=1)[None]
+    cosines = (features @ truth.T) / jnp.maximum(norms, 1e-30)
+    for index in np.flatnonzero(found.diagnostics["reliability"]):
+        assert cosines[index].max() > 0.998
+        assert BATCH.labels[cosines[index].argmax()] == found.labels[index]
+    if fraction > 0.9:
+        assert not found.diagnostics["reliability"].any()
+
+
+def test_an_empty_hidden_gradient_has_no_span():
+    """With the labels granted the span is all that the default guide asks for."""
+    _, seen = problem()
+    run = compiled("subspace", num_steps=3, generator=None)
+    whole = run(KEY, seen._replace(labels=BATCH.labels))
+    assert whole.diagnostics["gate"] > 0.99 and not whole.diagnostics["features"].any()
+    empty = seen._replace(
+        gradient=seen.gradient
+        | {"layer03": jax.tree.map(jnp.zeros_like, seen.gradient["layer03"])},
+        labels=BATCH.labels,
+    )
+    found = run(KEY, empty)
+    assert found.diagnostics["gate"] == 0
+    assert jnp.isfinite(found.objective) and jnp.isfinite(found.inputs).all()
+
+
+def test_the_label_setting_leaves_features_with_their_samples(monkeypatch):
+    """Also where other labels are granted."""
+    params, seen = problem()
+    order = jnp.array([1, 0, 2])
+    found = HeadFeatures(
+        features=true_features(params)[order],
+        labels=BATCH.labels[order],
+        residual=jnp.zeros(3),
+        subspace=jnp.eye(3, 24),
+        signals=jnp.zeros((3, 10)),
+        objective=jnp.zeros(()),
+        gap=jnp.zeros(()),
+    )
+    monkeypatch.setattr(sys.modules[strong.__module__], "head_features", lambda *_, **__: found)
+    settings = {"num_steps": 3, "generator": None, "labels": "recovered"}
+    attack = by_name("strong(guide='features')", MODEL, invjax.chain(), **settings)
+    state = jax.jit(attack.init)(KEY, seen._replace(labels=jnp.array([1, 1, 1])))
+    np.testing.assert_array_equal(jnp.sort(state.labels), jnp.sort(BATCH.labels))
+    at = [BATCH.labels.tolist().index(label) for label in state.labels.tolist()]
+    known = state.best["known"].features[0]
+    np.testing.assert_allclose(known, true_features(params)[jnp.array(at)], atol=1e-6)
 
 
 @pytest.mark.parametrize("guide", ["subspace", "features"])
@@ -97,6 +168,11 @@ def test_features_are_paired_by_label_and_trusted_as_far_as_they_fit():
     )  # Not finite; the label is not there.
     assert sorted(known.reliability[jnp.array([1, 3])].tolist()) == [0, 1]
     np.testing.assert_allclose(known.gate, 0.8, rtol=1e-6)
+    Found.residual, Found.gap = jnp.array([0.0, 0.025, jnp.nan, 0.0]), jnp.array(jnp.nan)
+    Found.features = Found.features.at[3].set(jnp.nan)
+    known = guidance(Found, jnp.array([2, 5, 2, 7]), 0.05)
+    assert known.gate == 0 and sorted(known.reliability.tolist()) == [0, 0, 0.5, 1]
+    assert jnp.isfinite(known.features).all()
 
 
 @pytest.mark.slow
@@ -125,6 +201,7 @@ def test_images_come_back_by_any_guide():
         ({"guide": "truth"}, "guide must be one of 'subspace', 'features', 'none', got 'truth'"),
         ({"weight": -1.0}, "weight"),
         ({"tolerance": 0.0}, "tolerance"),
+        ({"labels": "joint"}, "labels must be one of 'known', 'recovered', got 'joint'"),
         ({"model": MODEL._replace(head=None)}, "small does not tell its dense head"),
     ],
 )
@@ -143,3 +220,8 @@ def test_a_head_of_one_layer_is_refused():
     blind = hidden._replace(facts=hidden.facts.__class__(input_shape=(8, 8, 1), num_classes=10))
     with pytest.raises(ValueError, match="tells its batch_size"):
         strong(MODEL)(KEY, blind)
+    with pytest.raises(ValueError, match="grants none"):
+        strong(MODEL, labels="known")(KEY, hidden)
+    many = dataclasses.replace(hidden.facts, batch_size=13)
+    with pytest.raises(ValueError, match="560 coefficients"):
+        strong(MODEL)(KEY, hidden._replace(facts=many))

@@ -127,6 +127,7 @@ def test_noise_for_epsilon():
     assert delta == pytest.approx(1e-5, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_same_epsilon_protects_differently():
     """Hayes et al. 2023: fewer expected participations at less noise leak fewer records."""
     kappa = np.array([0.1, 0.01])

@@ -83,7 +83,7 @@ class TestExactRecovery:
                     found.diagnostics[name], every.diagnostics[name][target], rtol=1e-9
                 )
 
-    @pytest.mark.parametrize("strength", [0.01, 0.001])
+    @pytest.mark.parametrize("strength", [0.01, pytest.param(0.001, marks=pytest.mark.slow)])
     def test_softmax(self, strength):
         data = Batch(*digits(600))
         model = glm.fit(data, "softmax", penalty=600 * strength, num_classes=10)

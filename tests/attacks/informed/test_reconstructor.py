@@ -243,7 +243,11 @@ def test_a_digit_is_read_from_the_weights():
 
 
 @pytest.mark.parametrize(
-    "threat", [{"fixed": False, "steps": 25}, {"noise": 0.5, "steps": 8}], ids=["start", "dp"]
+    "threat",
+    [
+        pytest.param({"fixed": False, "steps": 25}, id="start"),
+        pytest.param({"noise": 0.5, "steps": 8}, id="dp", marks=pytest.mark.slow),
+    ],
 )
 def test_nothing_is_read_without_the_start_or_through_noise(threat):
     params, victims, pool = trained(300, **threat)

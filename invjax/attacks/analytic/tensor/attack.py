@@ -92,17 +92,22 @@ def tensor(
       The attack; a closed form, in the observation's dtype. The objective is the norm of the gradient
       that is left unexplained, a share, of what was transmitted; with a noise level the root mean
       square deviation in its units. `found` says that the objective is within the tolerance, that there
-      are twice as many transmitted entries as unknowns, and that the sample has a part in the gradient
-      (a batch size too large leaves slots without). With an odd activation and one output
-      `(x, r)` and `(-x, -r)` have one gradient: residuals are taken to be positive, as an output bias
-      makes them (the bias trick), and without one signs mean nothing. `diagnostics` holds `signals`
-      (`[B, C]`, derivatives of each sample's part of the mean loss by the outputs), `targets` (`[B]`,
-      real labels of a model of one output), `residual` (`[B]`, reliability, lower is better),
-      `tensor_residual` and `gap` (of singular values, near 1 where the batch size is wrong).
+      are twice as many transmitted entries as unknowns, that the sample has a part in the gradient
+      (a batch size too large leaves slots without), and with a noise level that three standard errors of
+      the input, to first order, are below its norm, what is unexplained beyond noise counted in. With an
+      odd activation and no hidden bias `(x, p)` and `(-x, -p)` have one gradient. Of more than two
+      outputs the derivatives tell which it is. Of one, residuals are taken to be positive, as an output
+      bias makes them (the bias trick), and nothing is `found` unless the outputs at `x` and `-x` are at
+      least 1, so that no label in [-1, 1] could make them negative; with two classes, or cross-entropy of one output, signs and labels mean
+      nothing and nothing is `found`. `diagnostics` holds `signals` (`[B, C]`, derivatives of each
+      sample's part of the mean loss by the outputs), `targets` (`[B]`, real labels of a model of one
+      output), `residual` (`[B]`, how unreliable; see `HeadFeatures`), `tensor_residual` and `gap` (of
+      singular values, near 1 where the batch size is wrong).
 
     Raises:
       ValueError: a model of other layers, an activation whose gradient reveals only sums, `paper` for
-        softmax, a number out of range; and at its use, no batch size, one larger than the layers allow.
+        softmax, a number out of range; and at its use, no batch size, one larger than the layers allow,
+        or one whose regression has more coefficients than there are hidden units.
     """
     choose("method", method, get_args(Method))
     choose("loss", loss or "squared", get_args(Loss))
@@ -139,7 +144,9 @@ def tensor(
                     "front: head_features recovers the features behind those."
                 )
         problem = head_problem(model, observation.params, observation.gradient)
-        check_size(size_of(observation), problem)
+        hidden, _ = head_layers(model, observation.params)
+        fitted = estimator if method == "regression" else None
+        check_size(size_of(observation), problem, hidden.activation, fitted)
 
     def init(key: Array, observation: Observation) -> Reconstruction:
         size, params = size_of(observation), observation.params
@@ -155,20 +162,20 @@ def tensor(
             restarts=restarts,
             max_steps=max_steps,
             contractions=contractions,
+            constant=hidden.bias is not None,
         )
         with jax.default_matmul_precision("highest"):
             problem = head_problem(model, params, per_step_gradient(observation))
             found = core.recover(key, problem, size, settings)
             candidate = scaled_inputs(hidden, found.candidate)
             inputs = candidate.inputs.reshape((size, *observation.facts.input_shape))
-            seen = problem.weight_seen.sum() + problem.outer_seen.sum()
             real = _targets(inputs, params, candidate.signals)
         limit = _limit(inputs.dtype)
-        exact = found.objective <= limit
-        exact &= seen >= 2 * (found.candidate.inputs.size + candidate.signals.size)
-        exact &= jnp.isfinite(inputs).all()
+        exact = (found.objective <= limit) & jnp.isfinite(inputs).all()
         # A sample without a part in the gradient is none.
-        own = found.residual <= 3 * limit * size**0.5 if noise_std is None else True
+        own = found.residual <= (3 * limit * size**0.5 if noise_std is None else 1.0)
+        if scalar and hidden.bias is None and core.is_odd(hidden.activation):
+            own &= _signs_are_tricked(inputs, params)
         diagnostics = {
             "signals": candidate.signals,
             "residual": found.residual,
@@ -192,6 +199,12 @@ def tensor(
         output = model.apply(params, inputs)[:, 0]
         output = jax.nn.sigmoid(output) if loss == "cross_entropy" else output
         return output - len(inputs) * signals[:, 0]
+
+    def _signs_are_tricked(inputs: Array, params) -> Array:
+        """Whether both the inputs and their negatives are answered by more than labels of up to 1."""
+        if loss == "cross_entropy":
+            return jnp.zeros(len(inputs), bool)
+        return (model.apply(params, inputs)[:, 0] >= 1) & (model.apply(params, -inputs)[:, 0] >= 1)
 
     def _limit(dtype) -> float:
         if tolerance is not None:

@@ -1,10 +1,10 @@
 """Samples from the gradient of two dense layers: subspace, tensor, components, signs, polish."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from invjax.attacks.analytic.tensor import moments, readout
 from invjax.attacks.analytic.tensor.decompose import decompose
@@ -12,6 +12,7 @@ from invjax.attacks.analytic.tensor.hermite import (
     ACTIVATIONS,
     hermite_coefficients,
     is_homogeneous,
+    is_odd,
     leading_order,
 )
 from invjax.attacks.analytic.tensor.moments import Problem
@@ -21,12 +22,16 @@ from invjax.attacks.analytic.tensor.polish import (
     balanced,
     deviations,
     polish,
+    standard_errors,
 )
 from invjax.base import Array
 
 
 class Settings(NamedTuple):
-    """What is static of the attack; see `attack.tensor`."""
+    """What is static of the attack; see `attack.tensor`.
+
+    With `constant` the last input is that of a hidden bias, the number one.
+    """
 
     activation: str
     method: str
@@ -37,6 +42,7 @@ class Settings(NamedTuple):
     restarts: int
     max_steps: int
     contractions: int = 8
+    constant: bool = False
 
 
 class Recovered(NamedTuple):
@@ -46,9 +52,13 @@ class Recovered(NamedTuple):
       candidate: the samples, in the coordinates of `Problem`.
       objective: norm of the unexplained gradient over that of the gradient, both blocks balanced; with
         a noise level, the root mean square deviation in its units.
-      residual: `[B]`, the unexplained norm over that of each sample's own part.
+      residual: `[B]`, of each sample the unexplained norm over that of its own part; or, where it is
+        larger, the error of the fitted input over its norm, to first order, were an error all that is
+        unexplained; with a noise level three standard errors over the norm, and more where more is
+        unexplained than noise. Times the own part over the gradient, where that is larger. Infinite
+        where there are not twice as many transmitted entries as unknowns, or the sign is not told.
       tensor_residual: of the decomposition.
-      gap: singular value `B + 1` over `B` of the hidden gradient.
+      gap: singular value `B + 1` over `B` of the hidden gradient; 1 where there is no value `B`.
     """
 
     candidate: Candidate
@@ -77,9 +87,11 @@ def recover(key: Array, problem: Problem, size: int, settings: Settings) -> Reco
     if settings.polish:
         candidate = _polished(keys[2], problem, space, start, settings)
         candidate = _by_convention(candidate, settings)
-    objective, residual = fit(problem, candidate, settings)
-    gap = values[size] / values[size - 1] if size < values.size else jnp.zeros_like(values[0])
-    return Recovered(candidate, objective, residual, tensor_residual, gap)
+    objective, residual = fit(problem, space, candidate, settings)
+    residual = jnp.where(_tells_signs(candidate, settings), residual, jnp.inf)
+    return Recovered(
+        candidate, objective, residual, tensor_residual, moments.gap_after(values, size)
+    )
 
 
 def _by_moments(keys: Array, problem: Problem, exact: Array, size: int, settings: Settings):
@@ -99,8 +111,11 @@ def _by_moments(keys: Array, problem: Problem, exact: Array, size: int, settings
     weights = readout.weights_by_order(tensors, parts.directions, orders.used)
     scales = _norms(problem, space, parts.directions, weights, orders, settings)
     both, misfits = readout.signals_at(orders, weights, scales)
+    constant = None
+    if settings.constant:
+        constant = readout.inputs_of(space.basis, space.root, parts.directions)[:, -1]
     odd = all(p % 2 for p in orders.used)
-    signs, signals = readout.choose_signs(both, misfits, odd=odd)
+    signs, signals = readout.choose_signs(both, misfits, constant, odd=odd)
     start = readout.candidate_of(space.basis, space.root, parts.directions, scales, signs, signals)
     return space, start, parts.residual
 
@@ -121,15 +136,9 @@ def _polished(key, problem: Problem, space, start: Candidate, settings: Settings
     if settings.noise_std is not None:
         starts = _starts(key, start.inputs, start.signals, settings.restarts)
         return _first_good(problem, starts, jnp.asarray(True), settings)
-    alive = problem.weight_seen.max(axis=1)
-    sparse = (problem.weight_seen < alive[:, None]).any() & (settings.restarts > 0)
-    # All rows lie in the span: there the fit is small.
-    inner = problem._replace(
-        weight=space.points,
-        weight_gradient=problem.weight_gradient @ space.basis @ space.root,
-        weight_seen=jnp.broadcast_to(alive[:, None], space.points.shape),
-    )
-    starts = _starts(key, start.inputs @ space.basis @ space.root, start.signals, settings.restarts)
+    inner, sparse = _within(problem, space, settings)
+    inputs = _inner_inputs(space, start.inputs)
+    starts = _starts(key, inputs, start.signals, settings.restarts)
     dense = _first_good(inner, starts, ~sparse, settings)
     dense = dense._replace(inputs=_outer_inputs(space, dense.inputs))
     if not settings.restarts:
@@ -138,6 +147,23 @@ def _polished(key, problem: Problem, space, start: Candidate, settings: Settings
     inputs = jax.vmap(lambda inside: _outer_inputs(space, inside))(starts.inputs)
     full = _first_good(problem, starts._replace(inputs=inputs), sparse, settings)
     return jax.tree.map(lambda a, b: jnp.where(sparse, a, b), full, dense)
+
+
+def _within(problem: Problem, space: moments.Subspace, settings: Settings):
+    """The problem in the span, in which all rows lie and the fit is small; and whether entries lack."""
+    alive = problem.weight_seen.max(axis=1)
+    inner = problem._replace(
+        weight=space.points,
+        weight_gradient=problem.weight_gradient @ space.basis @ space.root,
+        weight_seen=jnp.broadcast_to(alive[:, None], space.points.shape),
+    )
+    sparse = (problem.weight_seen < alive[:, None]).any() | (alive.sum() < space.points.shape[1])
+    sparse &= settings.restarts > 0
+    return inner, sparse
+
+
+def _inner_inputs(space: moments.Subspace, inputs: Array) -> Array:
+    return inputs @ space.basis @ space.root
 
 
 def _outer_inputs(space: moments.Subspace, inside: Array) -> Array:
@@ -198,12 +224,24 @@ def _by_convention(candidate: Candidate, settings: Settings) -> Candidate:
         # `c x` and `p / c` have the gradient of `x` and `p`.
         ratio = settings.norm / jnp.linalg.norm(candidate.inputs, axis=1, keepdims=True)
         return Candidate(candidate.inputs * ratio, candidate.signals / ratio)
-    if not np.any(np.abs(hermite_coefficients(settings.activation)[::2]) > 1e-6):
-        # And so have, for an odd activation, `-x` and `-p`.
-        turned = jnp.where(readout.wrong_sign(candidate.signals), -1.0, 1.0)[:, None]
-        turned = turned.astype(candidate.inputs.dtype)
+    if is_odd(settings.activation):
+        # And so have `-x` and `-p`.
+        wrong = readout.wrong_sign(candidate.signals)
+        if settings.constant:
+            wrong = candidate.inputs[:, -1] < 0
+        turned = jnp.where(wrong, -1.0, 1.0).astype(candidate.inputs.dtype)[:, None]
         return Candidate(candidate.inputs * turned, candidate.signals * turned)
     return candidate
+
+
+def _tells_signs(candidate: Candidate, settings: Settings) -> Array:
+    """`[B]`, whether a candidate's sign is more than convention; of one output it is taken on trust."""
+    if not is_odd(settings.activation) or candidate.signals.shape[1] == 1:
+        return jnp.ones(len(candidate.inputs), bool)
+    if settings.constant:
+        return candidate.inputs[:, -1] > 0.5
+    eps = float(jnp.finfo(candidate.signals.dtype).eps)
+    return readout.tells_sign(candidate.signals, eps**0.5)
 
 
 def _clear_of_kinks(problem: Problem, candidate: Candidate) -> Problem:
@@ -226,14 +264,20 @@ def _scales(problem: Problem, settings: Settings) -> Scales:
     return Scales(noise, noise)
 
 
-def fit(problem: Problem, candidate: Candidate, settings: Settings) -> tuple[Array, Array]:
+def fit(
+    problem: Problem, space: moments.Subspace, candidate: Candidate, settings: Settings
+) -> tuple[Array, Array]:
     """How well a candidate explains what was transmitted; see `Recovered`."""
     activation, scales = ACTIVATIONS[settings.activation], _scales(problem, settings)
+    tiny = jnp.finfo(candidate.inputs.dtype).tiny
 
     def norm(parts) -> Array:
         return jnp.sqrt(sum(jnp.sum(part**2) for part in parts))
 
     left = norm(deviations(problem, activation, scales, candidate))
+    seen = problem.weight_seen.sum() + problem.outer_seen.sum()
+    unknowns = candidate.inputs.size + candidate.signals.size
+    freedom = jnp.maximum(seen - unknowns, 1.0)
     blank = problem._replace(
         weight_gradient=jnp.zeros_like(problem.weight_gradient),
         outer_gradient=jnp.zeros_like(problem.outer_gradient),
@@ -242,10 +286,40 @@ def fit(problem: Problem, candidate: Candidate, settings: Settings) -> tuple[Arr
     def own(inputs: Array, signals: Array) -> Array:
         return norm(deviations(blank, activation, scales, Candidate(inputs[None], signals[None])))
 
-    parts = jax.vmap(own)(*candidate)
-    residual = left / jnp.maximum(parts, jnp.finfo(parts.dtype).tiny)
-    if settings.noise_std is None:
-        return left * jnp.sqrt(2.0).astype(left.dtype), residual
-    seen = problem.weight_seen.sum() + problem.outer_seen.sum()
-    unknowns = candidate.inputs.size + candidate.signals.size
-    return left / jnp.sqrt(jnp.maximum(seen - unknowns, 1.0)), residual
+    parts = jnp.maximum(jax.vmap(own)(*candidate), tiny)
+    nothing = jax.tree.map(jnp.zeros_like, candidate)
+    whole = jnp.maximum(norm(deviations(problem, activation, scales, nothing)), tiny)
+    # Large parts that cancel are those of a degenerate fit: two samples of one direction.
+    cancelled = jnp.maximum(parts / whole, 1.0)
+    if settings.noise_std is not None:
+        objective = left / jnp.sqrt(freedom)
+        # What is beyond chance is no noise, and may be the error of a fit that got stuck.
+        beyond = jnp.maximum(left**2 - freedom - 3 * jnp.sqrt(2 * freedom), 0.0)
+        errors = jnp.sqrt(9 + beyond) * _errors(problem, space, candidate, settings)
+        residual = errors * cancelled
+    else:
+        objective = left / whole
+        residual = left / parts * cancelled
+        if settings.polish:
+            errors = left * _errors(problem, space, candidate, settings)
+            residual = jnp.maximum(residual, errors * cancelled)
+    told = (seen >= 2 * unknowns) & jnp.isfinite(residual)
+    return objective, jnp.where(told, residual, jnp.inf)
+
+
+def _errors(problem: Problem, space: moments.Subspace, candidate: Candidate, settings) -> Array:
+    """Relative standard errors of the inputs, in the coordinates of the fit."""
+    errors = functools.partial(
+        standard_errors,
+        activation=ACTIVATIONS[settings.activation],
+        scales=_scales(problem, settings),
+        homogeneous=is_homogeneous(settings.activation),
+    )
+    everywhere = functools.partial(errors, problem, candidate=candidate)
+    if settings.noise_std is not None:
+        return everywhere()
+    inner, sparse = _within(problem, space, settings)
+    inside = functools.partial(
+        errors, inner, candidate=candidate._replace(inputs=_inner_inputs(space, candidate.inputs))
+    )
+    return jax.lax.cond(sparse, everywhere, inside) if settings.restarts else inside()

@@ -1,5 +1,6 @@
 """Features, labels and spans behind the last two dense layers of a classifier."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 
 from invjax.attacks.analytic.tensor import core
 from invjax.attacks.analytic.tensor.hermite import ACTIVATIONS, leading_order
-from invjax.attacks.analytic.tensor.moments import Gradient, Problem, row_space
+from invjax.attacks.analytic.tensor.moments import Gradient, Problem, gap_after, row_space
 from invjax.base import Array, Layer, Model, Params, PyTree
 from invjax.defenses.checks import choose
 from invjax.models.layers import layers_of
@@ -21,12 +22,17 @@ class HeadFeatures(NamedTuple):
         sign and norm; without one the norm is fitted, and for ReLU guessed.
       labels: `[B]` classes.
       residual: `[B]`, how unreliable: the norm of the gradient that all samples leave unexplained over
-        that of the sample's own part. 1e-15 where the polish succeeded without a defence.
+        that of the sample's own part; or, where it is larger, the error of the fitted input over its
+        norm, to first order, were an error all that is unexplained. With a noise level three standard
+        errors over the norm, and more where more is unexplained than noise. Times the own part over the
+        gradient, where that is larger: such parts cancel. 1e-15 where the polish succeeded without a
+        defence. Infinite where the transmitted entries are fewer than twice the unknowns, and where the
+        sign, and so the label, is a guess: two classes, an odd activation and no bias in that layer.
       subspace: `[B, d]`, orthonormal rows; the features lie in their span, exactly so without a defence.
       signals: `[B, C]`, derivatives of each sample's part of the loss by the logits.
       objective: relative norm of the unexplained gradient.
       gap: singular value `B + 1` over `B` of the hidden layer's gradient; near 1 the batch size or the
-        span is in doubt.
+        span is in doubt, and 1 where there are no `B` values.
     """
 
     features: Array
@@ -73,6 +79,14 @@ def _weight(layer: Layer) -> Array:
     return layer.weight
 
 
+def _rows(hidden: Layer) -> Array:
+    """Weights unit by unit, with that of the constant input last."""
+    weight = _weight(hidden)
+    if hidden.bias is None:
+        return weight.T
+    return jnp.concatenate([weight.T, hidden.bias[:, None]], axis=1)
+
+
 def head_problem(model: Model, params: Params, gradient: PyTree) -> Problem:
     """The last two layers as the attack sees them; a hidden bias becomes one more input, constantly 1.
 
@@ -92,19 +106,13 @@ def head_problem(model: Model, params: Params, gradient: PyTree) -> Problem:
     hidden, output = head_layers(model, params)
     hidden_gradient, output_gradient = head_layers(model, gradient)
 
-    def rows(layer: Layer) -> Array:
-        weight = _weight(layer)
-        if layer.bias is None:
-            return weight.T
-        return jnp.concatenate([weight.T, layer.bias[:, None]], axis=1)
-
     def sent(values: Array) -> Array:
         present = jnp.isfinite(values) if hidden.activation == "relu" else values != 0
         return present.astype(values.dtype)
 
-    seen, outer_seen = rows(hidden_gradient), _weight(output_gradient)
+    seen, outer_seen = _rows(hidden_gradient), _weight(output_gradient)
     return Problem(
-        weight=rows(hidden),
+        weight=_rows(hidden),
         outer=_weight(output),
         weight_gradient=seen,
         outer_gradient=outer_seen,
@@ -175,22 +183,23 @@ def head_features(
     if model.num_classes < 2:
         raise ValueError(f"The model {model.name} must have softmax logits, got a single logit.")
     problem = head_problem(model, params, gradient)
-    check_size(batch_size, problem)
-    choose("estimator", estimator or "outer", ("outer", "weights"))
+    estimator = estimator or "outer"
+    choose("estimator", estimator, ("outer", "weights"))
+    check_size(batch_size, problem, hidden.activation, estimator)
     settings = core.Settings(
         activation=hidden.activation,
         method="regression",
-        gradient=estimator or "outer",
+        gradient=estimator,
         norm=None,
         polish=polish,
         noise_std=noise_std,
         restarts=restarts,
         max_steps=max_steps,
+        constant=hidden.bias is not None,
     )
     with jax.default_matmul_precision("highest"):
         found = core.recover(key, problem, batch_size, settings)
-        width = _weight(hidden).shape[0]
-        span, _ = row_space(problem.weight_gradient[:, :width], batch_size)
+        span, _ = row_space(_weight(head_layers(model, gradient)[0]).T, batch_size)
     candidate = scaled_inputs(hidden, found.candidate)
     return HeadFeatures(
         features=candidate.inputs,
@@ -203,12 +212,42 @@ def head_features(
     )
 
 
-def check_size(batch_size: int, problem: Problem) -> None:
+def head_span(model: Model, gradient: PyTree, batch_size: int) -> tuple[Array, Array]:
+    """The span of the features and its gap alone; see `HeadFeatures`."""
+    hidden, _ = head_layers(model, gradient)
+    with jax.default_matmul_precision("highest"):
+        span, _ = row_space(_weight(hidden).T, batch_size)
+        _, values = row_space(_rows(hidden), batch_size)
+    return span.T, gap_after(values, batch_size)
+
+
+def check_size(
+    batch_size: int, problem: Problem, activation: str = "", estimator: Gradient | None = None
+) -> None:
     """Refuse a batch that cannot be told apart in the span of its inputs.
 
+    Args:
+      batch_size: samples.
+      problem: the layers.
+      activation: of the hidden layer.
+      estimator: of the regression; `None` where there is none.
+
     Raises:
-      ValueError: no samples, or more than the layers have inputs or units.
+      ValueError: no samples, more than the layers have inputs or units, or more coefficients of the
+        regression than units to fit them to.
     """
     most = min(problem.weight.shape)
     if not 1 <= batch_size <= most:
         raise ValueError(f"batch_size must lie in [1, {most}] for these layers, got {batch_size}.")
+    if estimator is None:
+        return
+    units, classes = problem.outer.shape
+    degree = max(leading_order(activation), 3) if estimator == "outer" else 3
+    times = 1 if estimator == "outer" else classes
+    needed = times * math.comb(batch_size + degree, degree)
+    if needed > units:
+        raise ValueError(
+            f"{batch_size} samples and the activation {activation} take {needed} coefficients (Hermite "
+            f"products up to degree {degree}), more than the {units} hidden units they are fitted to: "
+            "a smaller batch_size or a wider layer is needed."
+        )

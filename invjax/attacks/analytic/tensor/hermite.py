@@ -21,8 +21,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 """Activations by name: those of chain models, and the polynomials of Wang et al. 2023."""
 
-MAX_ORDER = 4
-
 
 class Basis(NamedTuple):
     """Products of normalised Hermite polynomials, all up to a total degree.
@@ -73,6 +71,11 @@ def is_homogeneous(activation: str) -> bool:
     """Whether `f(c x) = c f(x)` for `c > 0`, as for ReLU: the gradient then hides an input's norm."""
     one, two = hermite_coefficients(activation, [1.0, 2.0])
     return bool(np.allclose(2 * one, two, atol=1e-5))
+
+
+def is_odd(activation: str) -> bool:
+    """Whether `f(-x) = -f(x)`: the gradient is then the same at `-x` with negated derivatives."""
+    return not np.any(np.abs(hermite_coefficients(activation)[::2]) > 1e-6)
 
 
 def leading_order(activation: str) -> int:

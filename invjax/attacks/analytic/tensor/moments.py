@@ -64,6 +64,21 @@ def row_space(weight_gradient: Array, size: int) -> tuple[Array, Array]:
     return rows[:size].T, values
 
 
+def gap_after(values: Array, size: int) -> Array:
+    """Singular value `size + 1` over `size`: 0 where there is no other, and 1 where there is none at all.
+
+    Args:
+      values: decreasing.
+      size: samples behind them.
+
+    Returns:
+      A scalar in [0, 1].
+    """
+    last = values[size - 1]
+    following = values[size] if size < values.size else jnp.zeros_like(last)
+    return jnp.where(last > 0, following / jnp.where(last > 0, last, 1.0), 1.0)
+
+
 def batch_size_by_gap(weight_gradient: Array, max_samples: int) -> tuple[Array, Array]:
     """How many samples are behind a first layer's gradient: where its singular values fall off.
 
@@ -108,17 +123,19 @@ def moment_space(
     Returns:
       `[n, size]` orthonormal columns, of the largest eigenvalues in absolute value.
     """
-    w, (values, rows) = problem.weight, _scalar_targets(problem, gradient)
+    w, values = problem.weight, problem.outer_gradient[:, 0]
+    # The published attack is for one output.
+    rows = problem.weight_gradient / problem.outer if gradient == "weights" else None
     units, eye = w.shape[0], jnp.eye(w.shape[1], dtype=w.dtype)
 
     def second() -> Array:
-        if gradient == "outer":
+        if rows is None:
             return (w.T * values[None]) @ w / units - values.mean() * eye
         return rows.T @ w / units
 
     def third(alpha: Array) -> Array:
         along = w @ alpha
-        if gradient == "outer":
+        if rows is None:
             mixed = jnp.outer(values @ w / units, alpha)
             plain = (w.T * (values * along)[None]) @ w / units
             return plain - (values @ along / units) * eye - mixed - mixed.T
@@ -137,13 +154,6 @@ def moment_space(
         contracted = jax.lax.map(third, vectors)
         moment = jnp.einsum("sab,sbc->ac", contracted, contracted)
     return jnp.linalg.eigh(moment)[1][:, -size:]
-
-
-def _scalar_targets(problem: Problem, gradient: Gradient) -> tuple[Array, Array]:
-    """`g_j` and `G_j / a_j` of a model of one output, at which the published attack stands."""
-    if gradient == "outer":
-        return problem.outer_gradient[:, 0], problem.weight_gradient
-    return problem.outer_gradient[:, 0], problem.weight_gradient / problem.outer
 
 
 def whitened(problem: Problem, directions: Array, *, whiten: bool = True) -> Subspace:

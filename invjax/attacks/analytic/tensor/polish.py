@@ -41,7 +41,7 @@ def balanced(problem: Problem) -> Scales:
       problem: the gradient.
 
     Returns:
-      The root mean square of each block's transmitted entries, times the root of two.
+      The norm of each block's transmitted entries, times the root of two; 1 where it is zero.
     """
 
     def norm(values: Array, seen: Array) -> Array:
@@ -168,7 +168,7 @@ def polish(
             moved = jnp.where(jnp.isfinite(moved), moved, point)
             return moved, cost(moved)
 
-        # Three dampings at once: the matrix costs more than they do.
+        # All dampings at once: the matrix costs more than they do.
         factors = jnp.asarray([0.1, 1.0, 10.0, 1000.0], point.dtype)
         moved, values = jax.lax.map(attempt, factors)
         best = jnp.argmin(values)
@@ -185,6 +185,49 @@ def polish(
     start_at = (0, point, cost(point), jnp.asarray(1e-3, point.dtype), 0)
     _, point, value, _, _ = jax.lax.while_loop(unfinished, advance, start_at)
     return unpack(point), value
+
+
+def standard_errors(
+    problem: Problem,
+    activation: Callable[[Array], Array],
+    scales: Scales,
+    candidate: Candidate,
+    *,
+    homogeneous: bool = False,
+) -> Array:
+    """Standard errors of fitted inputs, to first order, for deviations of unit variance.
+
+    Args:
+      problem: the gradient.
+      activation: the hidden layer's.
+      scales: units of both blocks.
+      candidate: the samples.
+      homogeneous: whether the gradient hides the inputs' norms, which then count as known.
+
+    Returns:
+      `[B]`, root of the trace of every input's part of the inverse Gauss-Newton matrix, over the
+      input's norm.
+    """
+    size, count = candidate.inputs.shape[0], candidate.inputs.size
+
+    def residual(point: Array) -> tuple[Array, Array]:
+        inputs, signals = point[:count].reshape(size, -1), point[count:].reshape(size, -1)
+        return deviations(problem, activation, scales, Candidate(inputs, signals))
+
+    point = jnp.concatenate([candidate.inputs.ravel(), candidate.signals.ravel()])
+    matrix = _normal_equations(residual, point)[1]
+    norms = jnp.linalg.norm(candidate.inputs, axis=1)
+    if homogeneous:
+        outward = candidate.inputs / norms[:, None]
+        rows = jax.scipy.linalg.block_diag(*outward[:, None])
+        matrix = matrix.at[:count, :count].add(100 * jnp.diag(matrix).max() * rows.T @ rows)
+    # What rounding hides of a direction is no information.
+    eps = 10 * jnp.finfo(matrix.dtype).eps
+    diagonal = jnp.sqrt(jnp.diag(matrix) + eps * jnp.diag(matrix).max())
+    scaled = matrix / diagonal[:, None] / diagonal[None] + eps * jnp.eye(point.size)
+    variances = jnp.diag(jnp.linalg.inv(scaled)) / diagonal**2
+    errors = jnp.sqrt(variances[:count].reshape(size, -1).sum(axis=1)) / norms
+    return jnp.where(jnp.isfinite(errors), errors, jnp.inf)
 
 
 def _solve(matrix: Array, pull: Array, damping: Array) -> Array:

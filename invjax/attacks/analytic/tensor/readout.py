@@ -62,7 +62,7 @@ def weights_by_order(tensors: dict[int, Array], directions: Array, used: tuple[i
 
 def known_norms(basis: Array, root: Array, directions: Array, norm: float) -> Array:
     """Norms of whitened coordinates, `[k]`, of inputs of one norm."""
-    back = _inputs(basis, root, directions)
+    back = inputs_of(basis, root, directions)
     return norm / jnp.linalg.norm(back, axis=1)
 
 
@@ -114,22 +114,29 @@ def fitted_norms(orders: Orders, weights: Array) -> Array:
     return jnp.asarray(orders.scales, weights.dtype)[jnp.argmin(misfits, axis=0)]
 
 
-def choose_signs(signals: Array, misfits: Array, *, odd: bool) -> tuple[Array, Array]:
+def choose_signs(
+    signals: Array, misfits: Array, constant: Array | None, *, odd: bool
+) -> tuple[Array, Array]:
     """Which of both signs of a direction is right.
 
-    With several outputs the derivative by the logits has one negative entry, and it is the largest.
-    With one output the orders of both parities decide; of an odd activation only one parity is seen,
-    and residuals are taken to be positive, as the bias trick makes them.
+    With more than two outputs the derivative by the logits has one negative entry, and it is the
+    largest. With fewer the constant input decides, or the orders of both parities; of an odd activation
+    only one parity is seen, and residuals are taken to be positive, as the bias trick makes them.
 
     Args:
       signals: `[2, k, C]`.
       misfits: `[2, k]`.
+      constant: `[k]`, the entry of every direction that a hidden bias makes 1, where there is one.
       odd: whether the activation is odd, but for a constant.
 
     Returns:
       `[k]` signs and `[k, C]` signals.
     """
-    if signals.shape[2] > 1 or odd:
+    if signals.shape[2] > 2:
+        turned = wrong_sign(signals[0])
+    elif constant is not None:
+        turned = constant < 0
+    elif odd:
         turned = wrong_sign(signals[0])
     else:
         turned = misfits[1] < misfits[0]
@@ -144,22 +151,38 @@ def wrong_sign(signals: Array) -> Array:
       signals: `[k, C]`.
 
     Returns:
-      `[k]`: with one output that it is negative, with several that the largest is positive.
+      `[k]`: with one output that it is negative, with several that the largest is positive; of two it
+      is rounding that says which is larger.
     """
-    at = jnp.abs(signals).argmax(axis=1)
-    largest = jnp.take_along_axis(signals, at[:, None], axis=1)[:, 0]
-    return largest > 0 if signals.shape[1] > 1 else largest < 0
+    lead = signals.max(axis=1) + signals.min(axis=1)
+    return lead > 0 if signals.shape[1] > 1 else lead < 0
+
+
+def tells_sign(signals: Array, share: float) -> Array:
+    """Whether loss derivatives by several logits tell their sign.
+
+    Args:
+      signals: `[k, C]`.
+      share: relative error of the signals.
+
+    Returns:
+      `[k]`: that the largest stands out by more than the error. Of two it never does, for they are the
+      negatives of each other.
+    """
+    largest = jnp.abs(signals).max(axis=1)
+    lead = jnp.abs(signals.max(axis=1) + signals.min(axis=1))
+    return (lead > share * largest) & (signals.shape[1] > 2)
 
 
 def candidate_of(
     basis: Array, root: Array, directions: Array, scales: Array, signs: Array, signals: Array
 ) -> Candidate:
     """Inputs in the coordinates of the weights."""
-    back = _inputs(basis, root, directions)
+    back = inputs_of(basis, root, directions)
     return Candidate(back * (scales * signs)[:, None], signals)
 
 
-def _inputs(basis: Array, root: Array, directions: Array) -> Array:
+def inputs_of(basis: Array, root: Array, directions: Array) -> Array:
     """`x` with `root^T basis^T x = u`, `[k, n]`."""
     inside = jax.scipy.linalg.solve_triangular(root, directions.T, lower=True, trans=1)
     return (basis @ inside).T

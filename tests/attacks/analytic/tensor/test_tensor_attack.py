@@ -35,7 +35,7 @@ def attacked(model, attacks, key, observation):
 
 
 def outcome(activation, size, width, units, bias, seed=0, norm=1.0, **options):
-    """Unpolished and polished reconstructions in one program, with the truth."""
+    """Unpolished and polished reconstructions in one program, with the truth and its residuals."""
     model = lib.two_layer(units, activation)
     attacks = tuple(
         lib.tensor(model, norm=norm, polish=polish, restarts=0, **options)
@@ -44,10 +44,16 @@ def outcome(activation, size, width, units, bias, seed=0, norm=1.0, **options):
     params, batch = drawn(seed, model, size, width, bias)
     gradient = jax.grad(model.loss)(params, batch)
     observation = seen(params, gradient, size, width)
-    return batch, *attacked(model, attacks, jax.random.key(9), observation)
+    residuals = model.apply(params, batch.inputs)[:, 0] - batch.labels
+    return batch, *attacked(model, attacks, jax.random.key(9), observation), residuals
 
 
-def check_exact(batch, rough, fine, limit, scale=1.0):
+def check_labels(found, batch):
+    matched = invjax.metrics.match(found.inputs, batch.inputs)
+    np.testing.assert_array_equal(found.labels[matched], batch.labels > 0)
+
+
+def check_exact(batch, rough, fine, residuals, limit):
     error = lib.rmse(rough.inputs, batch.inputs)
     assert error < limit
     # The polish is what makes it exact.
@@ -55,18 +61,21 @@ def check_exact(batch, rough, fine, limit, scale=1.0):
     assert fine.found.all() and fine.objective < 1e-12
     matched = invjax.metrics.match(fine.inputs, batch.inputs)
     np.testing.assert_allclose(fine.diagnostics["targets"][matched], batch.labels, atol=1e-8)
-    np.testing.assert_array_equal(fine.labels[matched], batch.labels > 0)
-    matched = invjax.metrics.match(rough.inputs, batch.inputs)
-    np.testing.assert_array_equal(rough.labels[matched], batch.labels > 0)
+    signals = len(matched) * fine.diagnostics["signals"][matched, 0]
+    np.testing.assert_allclose(signals, residuals, atol=1e-8)
+    check_labels(fine, batch)
+    check_labels(rough, batch)
 
 
 def test_a_batch_of_eight_comes_back_exactly():
     with jax.enable_x64(True):
-        batch, rough, fine = outcome("tanh", 8, 64, 4000, 3.0)
-        check_exact(batch, rough, fine, 0.05)
+        batch, rough, fine, residuals = outcome("tanh", 8, 64, 4000, 3.0)
+        check_exact(batch, rough, fine, residuals, 0.05)
         assert rough.diagnostics["gap"] < 1e-12
         assert 0.01 < rough.objective < 0.1
-    batch, rough, fine = outcome("tanh", 8, 64, 4000, 3.0)
+    batch, rough, fine, _ = outcome("tanh", 8, 64, 4000, 3.0)
+    check_labels(rough, batch)
+    check_labels(fine, batch)
     assert rough.inputs.dtype == jnp.float32
     assert rough.diagnostics["gap"] < 1e-5
     assert lib.rmse(rough.inputs, batch.inputs) < 0.05
@@ -87,9 +96,17 @@ def test_other_activations(activation, bias):
 def test_other_activations_at_full_size(activation, bias):
     with jax.enable_x64(True):
         check_exact(*outcome(activation, 8, 64, 4000, bias), 0.05)
-    batch, rough, fine = outcome(activation, 8, 64, 4000, bias)
+    batch, rough, fine, _ = outcome(activation, 8, 64, 4000, bias)
+    check_labels(rough, batch)
+    check_labels(fine, batch)
     assert lib.rmse(rough.inputs, batch.inputs) < 0.05
     assert lib.rmse(fine.inputs, batch.inputs) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_published_activation_at_full_size():
+    with jax.enable_x64(True):
+        check_exact(*outcome("square_cube", 8, 64, 4000, 5.0), 0.3)
 
 
 @pytest.mark.slow
@@ -97,13 +114,14 @@ def test_relu_and_sixteen_samples():
     with jax.enable_x64(True):
         errors = []
         for seed in range(5):
-            batch, rough, fine = outcome("relu", 4, 32, 4000, 2.0, seed=seed)
+            batch, rough, fine, _ = outcome("relu", 4, 32, 4000, 2.0, seed=seed)
             errors.append(float(lib.rmse(rough.inputs, batch.inputs)))
             # Away from its kink the gradient is bilinear: exact after all.
             assert lib.rmse(fine.inputs, batch.inputs) < 1e-8 and fine.found.all()
         assert np.median(errors) < 0.06
-        batch, rough, _ = outcome("tanh", 16, 64, 8000, 3.0)
+        batch, rough, _, _ = outcome("tanh", 16, 64, 8000, 3.0)
         assert lib.rmse(rough.inputs, batch.inputs) < 0.06
+        check_labels(rough, batch)
 
 
 def test_odd_activations_hide_the_sign():
@@ -115,6 +133,40 @@ def test_odd_activations_hide_the_sign():
         for layer in ("hidden", "output"):
             one, other = (gradient[layer]["kernel"] for gradient in gradients)
             np.testing.assert_allclose(one, other, atol=1e-12)
+
+
+def test_a_linear_network_reveals_only_the_sum_and_a_quadratic_one_only_the_span():
+    """Other samples of the same residuals, far from the first ones, have the same gradient."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        inputs, residuals = rng.normal(size=(3, 6)), rng.uniform(1.0, 3.0, 3)
+        moved = rng.normal(size=(3, 6))
+        moved -= residuals[:, None] * (residuals @ moved)[None] / (residuals @ residuals)
+        turned, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+        roots = np.sqrt(residuals)[:, None]
+        for activation, others in (
+            ("identity", inputs + moved),
+            ("square", turned @ (roots * inputs) / roots),
+        ):
+            model = lib.two_layer(50, activation)
+            params, _ = drawn(0, model, 3, 6, 3.0)
+
+            def gradient(samples, model=model, params=params):
+                samples = jnp.asarray(samples)
+                labels = model.apply(params, samples)[:, 0] - jnp.asarray(residuals)
+                return jax.grad(model.loss)(params, Batch(samples, labels))
+
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, atol=1e-12),
+                gradient(others),
+                gradient(inputs),
+            )
+            assert lib.rmse(jnp.asarray(others), jnp.asarray(inputs), sign_invariant=True) > 0.5
+            generic = gradient(rng.normal(size=(3, 6)))["hidden"]["kernel"]
+            assert abs(generic - gradient(inputs)["hidden"]["kernel"]).max() > 1e-3
+        # What is told: the sum by any row, the span by all.
+        rows = gradient(inputs)["hidden"]["kernel"].T
+        assert np.linalg.matrix_rank(np.concatenate([rows, inputs]), tol=1e-10) == 3
 
 
 SIZE, WIDTH, UNITS = 2, 16, 1000
@@ -193,6 +245,50 @@ def test_what_noise_hides_is_not_claimed():
         assert error < 0.5 * lib.rmse(published.inputs, batch.inputs)
         # Of the order of the bound, sigma sqrt(d / m) over the root mean square residual of 3.
         assert error < 3 * 0.1 * SIZE * np.sqrt(WIDTH / UNITS)
+
+
+def test_noise_that_buries_the_samples_finds_nothing():
+    """The fit is as good as any, for there is nothing to fit but noise."""
+    with jax.enable_x64(True):
+        model, _ = small()
+        params, batch = drawn(1, model, SIZE, WIDTH, 3.0)
+        gradient = jax.grad(model.loss)(params, batch)
+        attack = lib.tensor(
+            model,
+            method="paper",
+            estimator="outer",
+            polish=True,
+            noise_std=0.1,
+            norm=1.0,
+            restarts=2,
+        )
+        run = jax.jit(attack)
+        for shrunk in (1.0, 0.3, 0.1, 0.01):
+            part = noisy(jax.tree.map(lambda leaf, by=shrunk: by * leaf, gradient), 0.1)
+            fitted = run(jax.random.key(0), seen(params, part, SIZE, WIDTH))
+            assert 0.9 < fitted.objective < 1.1
+            errors = jnp.linalg.norm(
+                fitted.inputs[invjax.metrics.match(fitted.inputs, batch.inputs)] - batch.inputs,
+                axis=1,
+            )
+            clear = shrunk == 1.0
+            assert fitted.found.all() == clear and fitted.found.any() == clear
+            assert (errors < 0.1).all() == clear and (errors > 0.4).all() != clear
+            # To first order the error is a third of what is told.
+            if clear:
+                assert 0.5 < 3 * errors.mean() / fitted.diagnostics["residual"].mean() < 2
+
+
+def test_signs_are_told_by_an_output_bias_or_not_at_all():
+    with jax.enable_x64(True):
+        model, run = small()
+        for bias, told in ((3.0, True), (0.0, False)):
+            params, batch = drawn(1, model, SIZE, WIDTH, bias)
+            gradient = jax.grad(model.loss)(params, batch)
+            adaptive, _ = run(jax.random.key(0), seen(params, gradient, SIZE, WIDTH))
+            assert lib.rmse(adaptive.inputs, batch.inputs, sign_invariant=True) < 1e-6
+            assert (lib.rmse(adaptive.inputs, batch.inputs) < 1e-6) == told
+            assert adaptive.found.all() == told and adaptive.found.any() == told
 
 
 def test_local_steps_count_as_so_many_gradients():
@@ -276,6 +372,9 @@ def test_errors():
         facts = dataclasses.replace(observation.facts, batch_size=size)
         with pytest.raises(ValueError, match=message):
             attack(key, observation._replace(facts=facts))
+    facts = dataclasses.replace(observation.facts, batch_size=4)
+    with pytest.raises(ValueError, match=r"35 coefficients .* degree 3\), more than the 20 hidden"):
+        attack(key, observation._replace(facts=facts))
     deep = models.mlp((20, 20), 3, activation="tanh")
     params = deep.init(key, (5,))
     observation = invjax.observe(key, deep, params, Batch(batch.inputs, jnp.zeros(3, int)))

@@ -77,6 +77,77 @@ def test_uniform_weights_with_biases_do_as_well():
         np.testing.assert_array_equal(rough.labels[order], labels)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def attacked(model, attack, params, inputs, labels):
+    gradient = jax.grad(model.loss)(params, Batch(inputs, labels))
+    facts = invjax.Facts(
+        input_shape=inputs.shape[1:], num_classes=model.num_classes, batch_size=len(inputs)
+    )
+    return attack.init(jax.random.key(3), invjax.Observation(params, gradient, facts))
+
+
+def of_few_outputs(outputs, bias, seed, size=3, width=16, units=512):
+    """What the attack makes of inputs under a head of one or two outputs, with the truth."""
+    model = models.mlp((units,), outputs, activation="tanh", init="lecun", bias=bias)
+    loss = "cross_entropy" if outputs == 1 else None
+    attack = lib.tensor(model, restarts=0, loss=loss, estimator="outer")
+    inputs = features_of(seed, size, width)
+    labels = jnp.asarray(np.random.default_rng(seed).integers(0, 2, size))
+    params = model.init(jax.random.key(seed), (width,))
+    return attacked(model, attack, jax.tree.map(doubled, params), inputs, labels), inputs, labels
+
+
+def doubled(leaf):
+    return leaf.astype(jnp.float64)
+
+
+def check_few(found, inputs, labels):
+    assert found.found.all() and lib.rmse(found.inputs, inputs) < 1e-8
+    matched = invjax.metrics.match(found.inputs, inputs)
+    np.testing.assert_array_equal(found.labels[matched], labels)
+
+
+def test_two_classes_are_told_apart_by_the_hidden_bias():
+    """The derivatives by two logits are each other's negatives, and tell no sign."""
+    with jax.enable_x64(True):
+        for seed in (0, 2):
+            check_few(*of_few_outputs(2, True, seed))
+
+
+@pytest.mark.slow
+def test_one_logit_is_read_with_a_hidden_bias():
+    with jax.enable_x64(True):
+        for seed in (0, 1):
+            check_few(*of_few_outputs(1, True, seed))
+
+
+@pytest.mark.slow
+def test_what_no_bias_tells_is_not_found():
+    with jax.enable_x64(True):
+        for outputs in (1, 2):
+            found, inputs, _ = of_few_outputs(outputs, False, 0)
+            assert lib.rmse(found.inputs, inputs, sign_invariant=True) < 1e-8
+            assert not found.found.any() and found.objective < 1e-12
+            if outputs == 2:
+                assert jnp.isinf(found.diagnostics["residual"]).all()
+
+
+@pytest.mark.slow
+def test_two_classes_at_full_size():
+    with jax.enable_x64(True):
+        model = models.mlp((1024,), 2, activation="tanh", init="torch")
+        values = features_of(0, 8, 64)
+        labels = jax.random.randint(jax.random.key(1), (8,), 0, 2)
+        params = model.init(jax.random.key(2), (64,))
+        rough, fine = run(model, params, values, labels, (ROUGH, FINE))
+        share, order = cosines(rough, values)
+        assert share.mean() > 0.98
+        np.testing.assert_array_equal(rough.labels[order], labels)
+        np.testing.assert_allclose(fine.features[cosines(fine, values)[1]], values, atol=1e-8)
+        np.testing.assert_array_equal(fine.labels[cosines(fine, values)[1]], labels)
+        assert (fine.residual < 1e-8).all()
+
+
 def test_relu_head_behind_a_convolution():
     specs = [
         Spec("conv", 4, 3, 2, 1, "relu"),
@@ -139,6 +210,21 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=message):
             lib.head_features(model, params, params, **{"batch_size": 2, "key": key, **bad})
+    # Thirty-two samples take a Gram matrix of 58905 rows for ReLU.
+    for activation, size, message in (
+        ("relu", 32, "58905 coefficients .* degree 4"),
+        ("tanh", 32, "6545 coefficients .* degree 3"),
+        ("gelu", 16, "4845 coefficients .* more than the 1024 hidden units"),
+    ):
+        wide = models.mlp((1024,), activation=activation)
+        params = jax.eval_shape(lambda wide=wide: wide.init(key, (64,)))
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(
+                lambda tree, wide=wide, size=size: lib.head_features(
+                    wide, tree, tree, size, key=key
+                ),
+                params,
+            )
     for other, message in (
         (models.mlp(()), "two dense layers"),
         (models.lenet(), "two dense layers"),

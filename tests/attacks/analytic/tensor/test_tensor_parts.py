@@ -12,11 +12,16 @@ import pytest
 from invjax.attacks.analytic.tensor import batch_size_by_gap, hermite_coefficients, rmse
 from invjax.attacks.analytic.tensor.decompose import decompose
 from invjax.attacks.analytic.tensor.hermite import (
+    ACTIVATIONS,
     features,
     hermite_tensor,
+    is_odd,
     leading_order,
     tensor_of,
 )
+from invjax.attacks.analytic.tensor.moments import Problem, gap_after
+from invjax.attacks.analytic.tensor.polish import Candidate, balanced, implied, standard_errors
+from invjax.attacks.analytic.tensor.readout import choose_signs, tells_sign
 
 TABLE = {
     "square_cube": (1, 3, 2, 6, 0),
@@ -34,6 +39,8 @@ TABLE = {
 def test_coefficients_are_those_of_the_table(name):
     # The library's gelu is the tanh approximation.
     np.testing.assert_allclose(hermite_coefficients(name), TABLE[name], atol=1e-3)
+    if name == "relu":
+        np.testing.assert_allclose(hermite_coefficients(name)[4], TABLE[name][4], atol=1e-5)
 
 
 def test_coefficients_are_expected_derivatives():
@@ -141,3 +148,67 @@ def test_singular_values_tell_the_batch_size(x64, limit):
         assert gap > 0.01
     with pytest.raises(ValueError, match="max_samples"):
         batch_size_by_gap(jnp.zeros((4, 9)), 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "size", "gap"),
+    [([2.0, 1.0, 0.5], 2, 0.5), ([2.0, 1.0], 2, 0.0), ([2.0, 0.0], 2, 1.0), ([0.0, 0.0], 1, 1.0)],
+)
+def test_no_singular_values_leave_no_gap(values, size, gap):
+    assert gap_after(jnp.asarray(values), size) == gap
+
+
+def test_signs_of_two_outputs_are_not_told_by_their_signals():
+    two = jnp.asarray([[0.3, -0.3], [-0.3, 0.3]])
+    three = jnp.asarray([[0.3, -0.4, 0.1], [-0.3, 0.4, -0.1]])
+    sure = jnp.asarray([[0.3, -0.3, 1e-9]])
+    assert not tells_sign(two, 1e-6).any() and not tells_sign(two[:, :1], 1e-6).any()
+    assert tells_sign(three, 1e-6).all() and not tells_sign(sure, 1e-6).any()
+    both, misfits = jnp.stack([two, -two]), jnp.asarray([[0.1, 0.2], [0.2, 0.1]])
+    # The constant input is what tells, and without one the parities.
+    signs, signals = choose_signs(both, misfits, jnp.asarray([-1.0, 1.0]), odd=True)
+    np.testing.assert_array_equal(signs, [-1, 1])
+    np.testing.assert_array_equal(signals, jnp.stack([-two[0], two[1]]))
+    np.testing.assert_array_equal(choose_signs(both, misfits, None, odd=False)[0], [1, -1])
+    of_three = choose_signs(jnp.stack([three, -three]), misfits, jnp.asarray([-1.0, 1.0]), odd=True)
+    np.testing.assert_array_equal(of_three[0], [1, -1])
+    assert is_odd("tanh") and not is_odd("sigmoid") and not is_odd("relu")
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_standard_errors_are_those_of_the_least_squares(activation):
+    """By the Jacobian; ReLU hides norms, so there only directions count."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        shapes = ((40, 5), (40, 2), (40, 5), (40, 2))
+        weight, outer, *gradient = (jnp.asarray(rng.normal(size=shape)) for shape in shapes)
+        seen = [jnp.asarray(rng.random(shape) < 0.7).astype(float) for shape in shapes[2:]]
+        problem = Problem(weight, outer, *gradient, *seen)
+        truth = Candidate(
+            jnp.asarray(rng.normal(size=(2, 5))), jnp.asarray(rng.normal(size=(2, 2)))
+        )
+        scales, kind = balanced(problem), ACTIVATIONS[activation]
+        found = standard_errors(problem, kind, scales, truth, homogeneous=activation == "relu")
+        flat, unravel = jax.flatten_util.ravel_pytree(truth)
+
+        def model(point):
+            one, two = implied(problem, kind, unravel(point))
+            return jnp.concatenate(
+                [(one * seen[0] / scales.weight).ravel(), (two * seen[1] / scales.outer).ravel()]
+            )
+
+        jacobian = np.asarray(jax.jacfwd(model)(flat))
+        if activation == "relu":
+            # Norms known: a basis of what is left.
+            norms = np.zeros((2, flat.size))
+            norms[0, :5], norms[1, 5:10] = truth.inputs
+            free = np.linalg.svd(norms)[2][2:].T
+            covariance = free @ np.linalg.inv(free.T @ jacobian.T @ jacobian @ free) @ free.T
+        else:
+            covariance = np.linalg.inv(jacobian.T @ jacobian)
+        traces = np.diag(covariance)[:10].reshape(2, 5).sum(axis=1)
+        wanted = np.sqrt(traces) / np.linalg.norm(truth.inputs, axis=1)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6 if activation == "tanh" else 0.01)
+        blind = problem._replace(weight_seen=0 * seen[0], outer_seen=0 * seen[1])
+        nothing = standard_errors(blind, kind, scales, truth)
+        assert not (nothing < 1e3).any()

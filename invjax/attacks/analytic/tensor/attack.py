@@ -89,17 +89,17 @@ def tensor(
         precision, 0.1 without a fit, and 1.1 with a noise level.
 
     Returns:
-      The attack; a closed form, in the observation's dtype. The objective is the norm of the gradient
-      that is left unexplained, a share, of what was transmitted; with a noise level the root mean
-      square deviation in its units. `found` says that the objective is within the tolerance, that there
-      are twice as many transmitted entries as unknowns, that the sample has a part in the gradient
-      (a batch size too large leaves slots without), and with a noise level that three standard errors of
-      the input, to first order, are below its norm, what is unexplained beyond noise counted in. With an
-      odd activation and no hidden bias `(x, p)` and `(-x, -p)` have one gradient. Of more than two
-      outputs the derivatives tell which it is. Of one, residuals are taken to be positive, as an output
-      bias makes them (the bias trick), and nothing is `found` unless the outputs at `x` and `-x` are at
-      least 1, so that no label in [-1, 1] could make them negative; with two classes, or cross-entropy of one output, signs and labels mean
-      nothing and nothing is `found`. `diagnostics` holds `signals` (`[B, C]`, derivatives of each
+      The attack; a closed form, in the observation's dtype. The objective is the norm of the gradient that
+      is left unexplained, a share, of what was transmitted; with a noise level the root mean square
+      deviation in its units. `found` says that the objective is within the tolerance, that there are twice
+      as many transmitted entries as unknowns, that the sample has a part in the gradient (a batch size too
+      large leaves slots without), and with a noise level that three standard errors of the input, to first
+      order, are below its norm, what is unexplained beyond noise counted in. With an odd activation and no
+      hidden bias `(x, p)` and `(-x, -p)` have one gradient. Of more than two outputs the derivatives tell
+      which it is. Of one, residuals are taken to be positive, as an output bias makes them (the bias
+      trick), and nothing is `found` unless the outputs at `x` and `-x` are at least 1, so that no label in
+      [-1, 1] could make them negative; with two classes, or cross-entropy of one output, signs and labels
+      mean nothing and nothing is `found`. `diagnostics` holds `signals` (`[B, C]`, derivatives of each
       sample's part of the mean loss by the outputs), `targets` (`[B]`, real labels of a model of one
       output), `residual` (`[B]`, how unreliable; see `HeadFeatures`), `tensor_residual` and `gap` (of
       singular values, near 1 where the batch size is wrong).

@@ -303,7 +303,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [20])
 def test_a_killed_sweep_resumes_to_the_same_table(whole, tmp_path, kills):
     """SIGKILL at random moments, again and again, until it is done."""
     script = tmp_path / "run.py"

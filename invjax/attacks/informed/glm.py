@@ -13,6 +13,7 @@ seldom enough.
 import jax
 import jax.numpy as jnp
 
+from invjax.attacks.analytic.imprints.imprint import flat_range
 from invjax.attacks.informed.glm_model import (
     Family,
     Glm,
@@ -170,14 +171,9 @@ def _box(input_range, shape: tuple[int, ...]) -> tuple[Array, Array] | None:
     """Flat bounds, with some room: what is wrong lies far outside."""
     if input_range is None:
         return None
-    low, high = (jnp.broadcast_to(_bound(bound, shape), shape).ravel() for bound in input_range)
+    low, high = flat_range(input_range, shape, float)
     room = 1e-3 * (high - low)
     return low - room, high + room
-
-
-def _bound(bound: Bound, shape: tuple[int, ...]) -> Array:
-    values = jnp.asarray(bound, float)
-    return values.reshape((1,) * (len(shape) - values.ndim) + values.shape)
 
 
 def _medians_of_others(values: Array) -> Array:

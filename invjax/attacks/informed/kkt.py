@@ -23,6 +23,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from invjax import gradients
+from invjax.attacks.matching.priors import input_bounds
 from invjax.base import Array, Attack, Batch, Model, Observation, Params, PyTree, Reconstruction
 from invjax.defenses.checks import check, choose
 from invjax.models.chain import activations
@@ -291,7 +292,7 @@ def kkt(
         params = observation.params
         found = combination(apply, params, inputs, labels, multipliers / num_images, variant)
         value = optax.tree.norm(optax.tree.sub(params, found), squared=True)
-        low, high = (_aligned(bound, inputs) for bound in observation.facts.input_range)
+        low, high = input_bounds(observation, inputs.dtype, inputs.ndim)
         outside = jax.nn.relu(inputs - high) + jax.nn.relu(low - inputs)
         value += jnp.sum(jnp.square(outside))
         if variant == "decay":
@@ -365,12 +366,6 @@ def _check_variant(model: Model, variant: str) -> None:
         raise ValueError(
             f"variant={variant!r} needs {needs}, the model {model.name} has {model.num_classes}."
         )
-
-
-def _aligned(bound, inputs: Array) -> Array:
-    """A bound of the range, one number or one a channel, beside the inputs."""
-    bound = jnp.asarray(bound, inputs.dtype)
-    return bound.reshape((1,) * (inputs.ndim - bound.ndim) + bound.shape)
 
 
 def _flat(tree: PyTree) -> Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from invjax.attacks.analytic.feature_inversion import minimize
+from invjax.attacks.analytic.imprints.imprint import flat_range
 from invjax.base import Array, Batch, Bound, Params, Reconstruction
 from invjax.defenses.checks import check
 
@@ -84,7 +85,8 @@ def unrolled(
     starts = _class_means(pool, num_classes).astype(known.inputs.dtype)
     _check_weights(train, released, batch_with(starts[0], 0))
     target = ravel_pytree(released)[0]
-    low, high = _box(input_range, shape, starts.dtype)
+    box = (-jnp.inf, jnp.inf) if input_range is None else input_range
+    low, high = flat_range(box, shape, starts.dtype)
 
     def misfit(flat, label):
         return ravel_pytree(train(batch_with(flat, label)))[0] - target
@@ -125,17 +127,6 @@ def _class_means(pool: Batch, num_classes: int) -> Array:
     counts = members.sum(axis=0)[:, None]
     means = members.T @ inputs / jnp.where(counts > 0, counts, 1.0)
     return jnp.where(counts > 0, means, inputs.mean(axis=0, keepdims=True))
-
-
-def _box(input_range, shape: tuple[int, ...], dtype) -> tuple[Array, Array]:
-    low, high = (-jnp.inf, jnp.inf) if input_range is None else input_range
-
-    def flat(bound):
-        values = jnp.asarray(bound, dtype)
-        values = values.reshape((1,) * (len(shape) - values.ndim) + values.shape)
-        return jnp.broadcast_to(values, shape).ravel()
-
-    return flat(low), flat(high)
 
 
 def _check_weights(train: Train, released: Params, batch: Batch) -> None:

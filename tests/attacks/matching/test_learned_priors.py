@@ -475,6 +475,7 @@ def reconstruct(model, prior, constraint, keys, observations):
     return jax.jit(jax.vmap(attack))(keys, observations).inputs[:, 0]
 
 
+@pytest.mark.slow
 def test_the_more_a_prior_knows_the_better_the_reconstruction():
     """Uniform, box, Gaussian, class-conditional Gaussian: on digits behind Gaussian noise."""
     (inputs, labels), (held, truth) = split_digits()

@@ -1,7 +1,12 @@
-"""Calls written as text, as the command line takes them: `clip(1.0),gaussian(0.01)`."""
+"""Calls written as text, as the command line takes them: `clip(1.0),gaussian(0.01)`.
+
+A name with dots is a function of anybody's: `mylab.attacks.probe(0.1)` is `probe` of the module
+`mylab.attacks`, which is imported.
+"""
 
 import ast
 import difflib
+import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,10 +30,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def resolve(name: str, known: Mapping[str, Callable], what: str) -> Callable:
-    """The function of a name, or of an unambiguous beginning of one.
+    """The function of a name, of an unambiguous beginning of one, or of a module.
 
     Args:
-      name: what was given.
+      name: what was given; with dots, a module and a function of it.
       known: functions by name.
       what: what the functions make, for the message.
 
@@ -36,8 +41,11 @@ def resolve(name: str, known: Mapping[str, Callable], what: str) -> Callable:
       The function.
 
     Raises:
-      ValueError: an unknown or ambiguous name; the message lists the known ones and the nearest.
+      ValueError: an unknown or ambiguous name (the message lists the known ones and the nearest), a
+        module that cannot be imported or has no such function.
     """
+    if "." in name:
+        return _imported(name, what)
     if name in known:
         return known[name]
     matches = [full for full in known if full.startswith(name)] if name else []
@@ -49,11 +57,22 @@ def resolve(name: str, known: Mapping[str, Callable], what: str) -> Callable:
     )
 
 
+def _imported(name: str, what: str) -> Callable:
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"Unknown {what} {name!r}: {error}.") from error
+    if not callable(found):
+        raise ValueError(f"The {what} {name!r} must be a function, got {found!r}.")
+    return found
+
+
 def parse(text: str, what: str) -> list[Call]:
     """Split a comma-separated list of calls with literal arguments.
 
     Args:
-      text: for instance `clip(1.0),gaussian(0.01)` or `lenet(width=6)`.
+      text: for instance `clip(1.0),gaussian(0.01)`, `lenet(width=6)` or `mylab.defenses.mine(0.1)`.
       what: what the calls make, for the message.
 
     Returns:
@@ -75,16 +94,22 @@ def parse(text: str, what: str) -> list[Call]:
 
 
 def _call(node: ast.expr) -> Call:
-    if isinstance(node, ast.Name):
-        return node.id, (), {}
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-        raise ValueError("not a call")
+    if not isinstance(node, ast.Call):
+        return _name(node), (), {}
     keywords = {}
     for keyword in node.keywords:
         if keyword.arg is None:
             raise ValueError("unpacking")
         keywords[keyword.arg] = ast.literal_eval(keyword.value)
-    return node.func.id, tuple(ast.literal_eval(value) for value in node.args), keywords
+    return _name(node.func), tuple(ast.literal_eval(value) for value in node.args), keywords
+
+
+def _name(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{_name(node.value)}.{node.attr}"
+    if not isinstance(node, ast.Name):
+        raise ValueError("not a name")
+    return node.id
 
 
 def numbers(calls: Sequence[Call]) -> list[float]:
@@ -130,7 +155,11 @@ def _is_strength(value: Any) -> bool:
 
 
 def build(
-    text: str | Sequence[Call], known: Mapping[str, Callable], what: str, **defaults: Any
+    text: str | Sequence[Call],
+    known: Mapping[str, Callable],
+    what: str,
+    bind: Callable[[Callable], Callable] = lambda function: function,
+    **defaults: Any,
 ) -> list[Any]:
     """Call the functions that a text names.
 
@@ -138,6 +167,7 @@ def build(
       text: a comma-separated list of calls, or what `parse` made of it.
       known: functions by name.
       what: what they make, for messages.
+      bind: gives a function what the text does not say, the model for instance.
       **defaults: keywords for every call; those in the text win.
 
     Returns:
@@ -148,7 +178,7 @@ def build(
     """
     results = []
     for name, args, kwargs in parse(text, what) if isinstance(text, str) else text:
-        function = resolve(name, known, what)
+        function = bind(resolve(name, known, what))
         try:
             results.append(function(*args, **{**defaults, **kwargs}))
         except TypeError as error:

@@ -39,7 +39,8 @@ def by_name(
 
     Args:
       text: a name, perhaps with settings: `dlg`, `inverting_gradients(total_variation=0.1)`; or what
-        `calls.parse` made of it.
+        `calls.parse` made of it. A name with dots is a function of anybody's, of the arguments
+        `(model)` or `(model, defense)` and settings.
       model: the model under attack.
       defense: the client's defence, for attacks that know it.
       **settings: for the attack, where it has them: a closed form has no steps; those in the text win.
@@ -58,8 +59,7 @@ def by_name(
         mine = {name: value for name, value in settings.items() if open_ended or name in parameters}
         return lambda *args, **kwargs: make(*given, *args, **{**mine, **kwargs})
 
-    known = {name: bind(make) for name, make in _KNOWN.items()}
-    attacks = calls.build(text, known, "attack")
+    attacks = calls.build(text, _KNOWN, "attack", bind)
     if len(attacks) != 1:
         raise ValueError(f"Name one attack, got {len(attacks)} in {text!r}.")
     return attacks[0]

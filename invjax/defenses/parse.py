@@ -1,8 +1,8 @@
 """Defences by name, as the command line takes them."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from invjax import calls
 from invjax.base import Defense, Model
@@ -26,32 +26,29 @@ from invjax.defenses.soteria import soteria
 _KNOWN: dict[str, Callable[..., Defense]] = {
     function.__name__: function
     for function in (
+        activation_count_pruning,
         augmentation.ats,
         clipping.clip_per_sample,
         clipping.global_clip,
         compression.quantize,
         compression.sign_compress,
         dp.dp_sgd,
+        mask_exclusive_rows,
         masking.gradient_dropout,
         masking.random_mask,
         mixing.instahide,
         mixing.mixup,
         noise.gaussian_noise,
         noise.laplace_noise,
+        optimal.optimal_clipped_noise,
+        optimal.optimal_noise,
+        optimal.optimal_pruning,
+        optimal.optimal_rounding,
         pruning.magnitude_prune,
+        reduce_exclusivity,
+        soteria,
     )
 }
-
-_OF_A_MODEL = (
-    activation_count_pruning,
-    mask_exclusive_rows,
-    optimal.optimal_clipped_noise,
-    optimal.optimal_noise,
-    optimal.optimal_pruning,
-    optimal.optimal_rounding,
-    reduce_exclusivity,
-    soteria,
-)
 
 
 def parse(text: str | Sequence[calls.Call], model: Model | None = None) -> Defense:
@@ -60,9 +57,10 @@ def parse(text: str | Sequence[calls.Call], model: Model | None = None) -> Defen
     Args:
       text: a comma-separated list of constructors with literal arguments, in the order in which
         they act; the beginning of a name will do: `clip(1.0),gaussian(0.01)`. `none` is no defence.
-        Calls that `calls.parse` has read will do too.
-      model: the model, which `soteria` and the reductions of exclusivity need, and which tells `mixup`
-        and `instahide` the classes.
+        Calls that `calls.parse` has read will do too. A name with dots is a function of anybody's, and
+        is given the model if its first argument is called so.
+      model: the model, which `soteria`, the reductions of exclusivity and the optimal defences need, and
+        which tells `mixup` and `instahide` the classes.
 
     Returns:
       The defence, composed by `chain`.
@@ -73,10 +71,15 @@ def parse(text: str | Sequence[calls.Call], model: Model | None = None) -> Defen
     parsed = calls.parse(text, "defense") if isinstance(text, str) else text
     if parsed == [("none", (), {})]:
         return chain()
-    known: dict[str, Callable[..., Any]] = dict(_KNOWN)
-    if model is not None:
-        for make in _OF_A_MODEL:
-            known[make.__name__] = functools.partial(make, model)
-        for mix in (mixing.mixup, mixing.instahide):
-            known[mix.__name__] = functools.partial(mix, num_classes=max(model.num_classes, 2))
-    return chain(*calls.build(parsed, known, "defense"))
+
+    def bind(make: Callable[..., Defense]) -> Callable[..., Defense]:
+        parameters = inspect.signature(make).parameters
+        if "model" in parameters:
+            if model is None:
+                raise ValueError(f"The defense {make.__name__!r} needs a model: give model=.")
+            return functools.partial(make, model)
+        if "num_classes" in parameters and model is not None:
+            return functools.partial(make, num_classes=max(model.num_classes, 2))
+        return make
+
+    return chain(*calls.build(parsed, _KNOWN, "defense", bind))

@@ -58,7 +58,7 @@ def parse(text: str | Sequence[calls.Call], model: Model | None = None) -> Defen
       text: a comma-separated list of constructors with literal arguments, in the order in which
         they act; the beginning of a name will do: `clip(1.0),gaussian(0.01)`. `none` is no defence.
         Calls that `calls.parse` has read will do too. A name with dots is a function of anybody's, and
-        is given the model if its first argument is called so.
+        is given the model if its first argument is called `model`.
       model: the model, which `soteria`, the reductions of exclusivity and the optimal defences need, and
         which tells `mixup` and `instahide` the classes.
 
@@ -74,7 +74,7 @@ def parse(text: str | Sequence[calls.Call], model: Model | None = None) -> Defen
 
     def bind(make: Callable[..., Defense]) -> Callable[..., Defense]:
         parameters = inspect.signature(make).parameters
-        if "model" in parameters:
+        if next(iter(parameters), None) in ("model", "source"):
             if model is None:
                 raise ValueError(f"The defense {make.__name__!r} needs a model: give model=.")
             return functools.partial(make, model)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from invjax import gradients
+from invjax.attacks import labels as label_recovery
 from invjax.attacks.analytic.tensor.head import (
     HeadFeatures,
     check_size,
@@ -90,7 +91,8 @@ def strong(
       restarts: independent starts.
       noise_std: standard deviation of a defence's noise, for the recovery of the features.
       labels: `known` takes those that the observation grants, `recovered` those recovered with the
-        features, whatever is granted; where `None`, those granted, if any.
+        features, or from the last layer where these are not reliable, whatever is granted; where
+        `None`, those granted, if any.
       **settings: of `gradient_matching`.
 
     Returns:
@@ -153,6 +155,13 @@ def strong(
     def granted(observation: Observation) -> Array | None:
         return None if labels == "recovered" else observation.labels
 
+    def recovered(observation: Observation, found: HeadFeatures) -> Array:
+        """Those of the features if these can be relied on; noise costs them long before the others."""
+        if model.num_classes < 2:
+            return found.labels
+        counted = label_recovery.recover(model, observation)
+        return jnp.where((_trust(found.residual, tolerance) > 0).all(), found.labels, counted)
+
     def seeks_features(observation: Observation) -> bool:
         return guide == "features" or granted(observation) is None
 
@@ -175,7 +184,7 @@ def strong(
                 model, observation.params, gradient, size, key=head_key, noise_std=noise_std
             )
             given = granted(observation)
-            mine = found.labels if given is None else given
+            mine = recovered(observation, found) if given is None else given
             known = guidance(found, mine, tolerance)
         else:
             mine = observation.labels

@@ -113,6 +113,20 @@ def test_an_empty_hidden_gradient_has_no_span():
     assert jnp.isfinite(found.objective) and jnp.isfinite(found.inputs).all()
 
 
+def test_labels_survive_where_features_do_not():
+    """The last layer tells the labels under noise that spoils the decomposition."""
+    _, seen = problem()
+    keys = iter(jax.random.split(jax.random.key(5), 100))
+    noisy = seen._replace(
+        gradient=jax.tree.map(
+            lambda leaf: leaf + 3e-3 * jax.random.normal(next(keys), leaf.shape), seen.gradient
+        )
+    )
+    found = compiled("features", num_steps=3, generator=None)(KEY, noisy)
+    assert not found.diagnostics["reliability"].any()
+    assert sorted(found.labels.tolist()) == sorted(BATCH.labels.tolist())
+
+
 def test_the_label_setting_leaves_features_with_their_samples(monkeypatch):
     """Also where other labels are granted."""
     params, seen = problem()

@@ -132,7 +132,11 @@ def main() -> None:
                 }
                 error = psnr.std(ddof=1) / psnr.size**0.5 if psnr.size > 1 else float("nan")
                 row = {"batch": size, "defense": text, "attack": name}
-                row |= {"PSNR": round(float(psnr.mean()), 2), "error": round(float(error), 2), **mean}
+                row |= {
+                    "PSNR": round(float(psnr.mean()), 2),
+                    "error": round(float(error), 2),
+                    **mean,
+                }
                 rows.append(row)
                 print(row, flush=True)
     print("\n" + timing.table(rows))

@@ -129,6 +129,8 @@ def hybrid(
         layers = layers_of(model, observation.params)
         blocks = blocks_of(model, layers, observation.facts.input_shape, solver)
         indices = [block.index for block in blocks if block.shape is not None]
+        if not indices:
+            raise ValueError(f"hybrid corrects convolutions, of which {model.name} has none.")
         each = schedule_of(schedule, len(indices)) if isinstance(schedule, str) else schedule
         if len(each) != len(indices):
             raise ValueError(

@@ -82,6 +82,7 @@ def pareto(
         )
         axis.set_title(" " + shorten(names[index], 34).replace("$", r"\$"), fontsize=9)
         axis.grid(alpha=0.2)
+        axis.tick_params(labelsize=8)
     _scales(axes[0, 0], lines, levels, floor, guess, percent)
     # The columns whose last panel is empty have their labels on the panel above.
     for column in range(columns):
@@ -122,7 +123,6 @@ def _scales(axis, lines, levels, floor, guess, percent) -> None:
     text = (lambda value, _: f"{100 * value:g}%") if percent else (lambda value, _: f"{value:g}")
     axis.xaxis.set_major_formatter(FuncFormatter(text))
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.tick_params(labelsize=8)
     highest = max([guess, *(line[1].max() for line in lines.values() if line.size)])
     axis.set_yscale("log")
     axis.set_ylim(floor * 0.6, highest * 3)

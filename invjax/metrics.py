@@ -144,6 +144,12 @@ def psnr(reconstruction: Array, truth: Array, *, data_range: float) -> Array:
     Raises:
       ValueError: different shapes, or a range that is not a positive number.
       TypeError: inputs that are not floats.
+
+    Example:
+      >>> import jax.numpy as jnp, invjax
+      >>> truth = jnp.zeros((1, 8, 8, 1))
+      >>> invjax.metrics.psnr(truth + 0.1, truth, data_range=1.0).round(1).tolist()
+      [20.0]
     """
     reconstruction, truth = _pair(reconstruction, truth)
     _check_range(data_range)

@@ -61,6 +61,17 @@ def observe(
       ValueError: shapes that do not fit the model, labels out of range, inputs that are not finite,
         a per-sample defence on a federated update, statistics of a model without batch norm.
       TypeError: labels that are not integers.
+
+    Example:
+      >>> import jax, invjax
+      >>> key = jax.random.key(0)
+      >>> batch = invjax.datasets.draw(key, invjax.datasets.digits(), 4)
+      >>> model = invjax.models.mlp((16,))
+      >>> params = model.init(key, (8, 8, 1))
+      >>> defense = invjax.defenses.gaussian_noise(0.01)
+      >>> observation = invjax.observe(key, model, params, batch, defense)
+      >>> observation.facts.batch_size, observation.labels is None
+      (4, True)
     """
     check_batch(model, batch)
     check_params(model, params, batch.inputs.shape[1:])

@@ -64,7 +64,7 @@ def strong(
 
     Features, that is what goes into the last two dense layers, are recovered from those layers'
     gradient by the tensor method; the true ones are never looked at. Sought are then the weights of a small
-    network whose images have the observed gradient's direction, and features that agree:
+    network whose images have the observed gradient's direction, and features that agree::
 
         1 - cos(gradients) + weight * penalty(features) + total variation.
 

@@ -147,7 +147,14 @@ def prepare(config: AttackConfig) -> tuple[run.Experiment, pathlib.Path]:
 
 
 def default_folder(config: AttackConfig) -> pathlib.Path:
-    """A folder under `invjax-runs` that is not there yet."""
+    """A folder under `invjax-runs` that is not there yet.
+
+    Args:
+      config: the options, of which data set, model, attack and seed make the name.
+
+    Returns:
+      The folder, relative; one that is there and empty will do.
+    """
     names = (pathlib.Path(config.dataset).stem, config.model, config.attack)
     plain = "-".join(name.split("(")[0] for name in names)
     base = pathlib.Path("invjax-runs") / f"attack-{plain}-seed{config.seed}"
@@ -307,7 +314,14 @@ def contents(
 
 
 def command(config: AttackConfig) -> str:
-    """The command that repeats a run: every option that is not its default."""
+    """The command that repeats a run: every option that is not its default.
+
+    Args:
+      config: the options.
+
+    Returns:
+      The command line, quoted for a shell; without `--out` and `--overwrite`.
+    """
     parts = ["invjax", "attack"]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -1,7 +1,6 @@
 """`invjax audit`: what a model's layers give away of one sample, before any attack is run."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from invjax import models
 from invjax.base import Model
+from invjax.cli import shared
 from invjax.theory.security_index import (
     Change,
     SecurityIndex,
@@ -59,17 +59,14 @@ def audit(argv: Sequence[str]) -> int:
       The exit code: 0, 2 for bad input, 130 if interrupted.
     """
     config = tyro.cli(AuditConfig, args=argv, prog="invjax audit")
-    try:
-        model = prepare(config)
-        key = jax.random.key(config.seed) if config.mode == "numeric" else None
-        found = security_index(model, config.input_shape, mode=config.mode, key=key)
-        changes = closing_changes(model, config.input_shape) if found.layers else ()
-    except (ValueError, TypeError) as error:
-        print(f"invjax audit: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
+    return shared.guarded("audit", lambda: _run(config))
+
+
+def _run(config: AuditConfig) -> int:
+    model = prepare(config)
+    key = jax.random.key(config.seed) if config.mode == "numeric" else None
+    found = security_index(model, config.input_shape, mode=config.mode, key=key)
+    changes = closing_changes(model, config.input_shape) if found.layers else ()
     size = " x ".join(map(str, config.input_shape))
     console = Console()
     console.print(f"[bold]{model.name}[/bold] on {size} inputs, one sample, {config.mode} ranks")

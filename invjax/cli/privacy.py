@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from invjax import datasets, models
 from invjax.base import Batch, Model, Params
+from invjax.cli import shared
 from invjax.defenses import privacy_spent
 from invjax.theory import accounting, baselines, fisher, rero
 from invjax.theory.blowup import blowup
@@ -102,17 +102,14 @@ def privacy(argv: Sequence[str]) -> int:
       The exit code: 0, 2 for bad input, 130 if interrupted.
     """
     config = tyro.cli(PrivacyConfig, args=argv, prog="invjax privacy")
-    try:
-        kappa, information = prepare(config)
-        rows = bounds(config, kappa)
-        if information is not None:
-            rows += information_rows(config, information)
-    except (ValueError, TypeError) as error:
-        print(f"invjax privacy: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
+    return shared.guarded("privacy", lambda: _run(config))
+
+
+def _run(config: PrivacyConfig) -> int:
+    kappa, information = prepare(config)
+    rows = bounds(config, kappa)
+    if information is not None:
+        rows += information_rows(config, information)
     console = Console()
     console.print(
         f"[bold]DP-SGD[/bold], {config.steps} steps of {config.batch_size} of {config.num_samples} "

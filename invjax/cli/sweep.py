@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +15,9 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from invjax import calls
 from invjax import report as pages
-from invjax.evaluation import files, grid, journal, plan, store
+from invjax.cli import shared
+from invjax.evaluation import files, grid, journal, plan
 from invjax.evaluation import sweep as engine
 
 PLAIN_SECONDS = 30.0
@@ -74,58 +73,22 @@ def sweep(argv: Sequence[str]) -> int:
       interrupted.
     """
     config = tyro.cli(SweepConfig, args=argv, prog="invjax sweep")
-    try:
-        settings, out = read(config)
+
+    def work() -> int:
+        settings, out = shared.chosen(
+            config, "sweep", grid.PRESETS, grid.from_toml, lambda folder: recorded(folder)[0]
+        )
+        if config.block_size is not None and config.block_size < 1:
+            raise ValueError(f"--block-size must be at least 1, got {config.block_size}.")
+        if not config.plan:
+            shared.check_new(config, out)  # Of several processes each, before any of them writes.
         connect(config)
         if config.plan:
             print(describe(plan.plan(settings, config.block_size)))
             return 0
         return _run(config, settings, out)
-    except ValueError as error:
-        print(f"invjax sweep: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"invjax sweep: {error}; what was recorded stays: --resume.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nInterrupted; go on with --resume.", file=sys.stderr)
-        return 130
 
-
-def read(config: SweepConfig) -> tuple[grid.Sweep, pathlib.Path]:
-    """Settings and folder of a sweep.
-
-    Args:
-      config: the options.
-
-    Returns:
-      Both.
-
-    Raises:
-      ValueError: no settings, two of them, or such as cannot be read.
-    """
-    if config.file is None and config.preset is None and config.resume and config.out is not None:
-        return recorded(config.out)[0], config.out
-    if (config.file is None) == (config.preset is None):
-        raise ValueError(
-            "give a TOML file, or --preset digits, or --resume --out FOLDER of an earlier sweep."
-        )
-    if config.block_size is not None and config.block_size < 1:
-        raise ValueError(f"--block-size must be at least 1, got {config.block_size}.")
-    if config.preset is not None:
-        if config.preset not in grid.PRESETS:
-            hint = calls.nearest(config.preset, grid.PRESETS)
-            raise ValueError(
-                f"Unknown preset {config.preset!r}: known are {', '.join(grid.PRESETS)}.{hint}"
-            )
-        settings, name = grid.PRESETS[config.preset], config.preset
-    else:
-        assert config.file is not None
-        settings, name = grid.from_toml(config.file), config.file.stem
-    out = pathlib.Path("invjax-runs") / f"sweep-{name}" if config.out is None else config.out
-    if not config.resume and not config.plan:
-        store.check_folder(out, config.overwrite)
-    return settings, out
+    return shared.guarded("sweep", work, resumable=True)
 
 
 def recorded(folder: pathlib.Path) -> tuple[grid.Sweep, dict[str, Any]]:
@@ -250,10 +213,7 @@ def _run(config: SweepConfig, settings: grid.Sweep, out: pathlib.Path) -> int:
         write_report(out)
         display.console.print(f"{table.num_rows} rows: {out / 'results.parquet'}", soft_wrap=True)
         display.console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
-    if failed:
-        print(f"invjax sweep: {len(failed)} jobs failed; the report says why.", file=sys.stderr)
-        return 10 + min(len(failed), 89)
-    return 0
+    return shared.failures("sweep", len(failed))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,15 +234,12 @@ def report(argv: Sequence[str]) -> int:
       0, 1 if writing failed, 2 for a folder that holds no sweep.
     """
     config = tyro.cli(ReportConfig, args=argv, prog="invjax report")
-    try:
+
+    def work() -> int:
         print(f"Report: {write_report(config.folder)}")
-    except ValueError as error:
-        print(f"invjax report: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"invjax report: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return shared.guarded("report", work)
 
 
 def write_report(folder: pathlib.Path) -> pathlib.Path:

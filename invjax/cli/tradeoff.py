@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 
@@ -11,8 +10,8 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from invjax import calls
-from invjax.evaluation import files, grid, jobs, run, store
+from invjax.cli import shared
+from invjax.evaluation import files, grid, jobs, run
 from invjax.evaluation import tradeoff as engine
 from invjax.evaluation.tradeoff_settings import PRESETS, Tradeoff, attack_sweep, from_toml
 from invjax.report.tradeoff_page import tradeoff_page
@@ -59,52 +58,15 @@ def tradeoff(argv: Sequence[str]) -> int:
       input, 130 if interrupted.
     """
     config = tyro.cli(TradeoffConfig, args=argv, prog="invjax tradeoff")
-    try:
-        settings, out = read(config)
-        return _run(config, settings, out)
-    except ValueError as error:
-        print(f"invjax tradeoff: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"invjax tradeoff: {error}; what was recorded stays: --resume.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nInterrupted; go on with --resume.", file=sys.stderr)
-        return 130
 
-
-def read(config: TradeoffConfig) -> tuple[Tradeoff, pathlib.Path]:
-    """Settings and folder of a comparison.
-
-    Args:
-      config: the options.
-
-    Returns:
-      Both.
-
-    Raises:
-      ValueError: no settings, two of them, or such as cannot be read.
-    """
-    if config.file is None and config.preset is None and config.resume and config.out is not None:
-        return engine.read(config.out)[0], config.out
-    if (config.file is None) == (config.preset is None):
-        raise ValueError(
-            "give a TOML file, or --preset digits, or --resume --out FOLDER of an earlier comparison."
+    def work() -> int:
+        settings, out = shared.chosen(
+            config, "tradeoff", PRESETS, from_toml, lambda folder: engine.read(folder)[0]
         )
-    if config.preset is not None:
-        if config.preset not in PRESETS:
-            hint = calls.nearest(config.preset, PRESETS)
-            raise ValueError(
-                f"Unknown preset {config.preset!r}: known are {', '.join(PRESETS)}.{hint}"
-            )
-        settings, name = PRESETS[config.preset], config.preset
-    else:
-        assert config.file is not None
-        settings, name = from_toml(config.file), config.file.stem
-    out = pathlib.Path("invjax-runs") / f"tradeoff-{name}" if config.out is None else config.out
-    if not config.resume:
-        store.check_folder(out, config.overwrite)
-    return settings, out
+        shared.check_new(config, out)
+        return _run(config, settings, out)
+
+    return shared.guarded("tradeoff", work, resumable=True)
 
 
 def _run(config: TradeoffConfig, settings: Tradeoff, out: pathlib.Path) -> int:
@@ -146,10 +108,7 @@ def _run(config: TradeoffConfig, settings: Tradeoff, out: pathlib.Path) -> int:
     console.print(f"{len(result.table)} rows: {out / 'results.parquet'}", soft_wrap=True)
     console.print(f"Report: {write_report(out)}", soft_wrap=True)
     failed = result.failed_jobs + sum(one["attack"] == "training" for one in result.failed)
-    if failed:
-        print(f"invjax tradeoff: {failed} jobs failed; the report says why.", file=sys.stderr)
-        return 10 + min(failed, 89)
-    return 0
+    return shared.failures("tradeoff", failed)
 
 
 def write_report(folder: pathlib.Path) -> pathlib.Path:

@@ -11,6 +11,12 @@ def digits() -> Dataset:
     Returns:
       The data set, inputs `[1797, 8, 8, 1]` (Alpaydin and Kaynak 1998; the test part of UCI's
       optical recognition set).
+
+    Example:
+      >>> import invjax
+      >>> dataset = invjax.datasets.digits()
+      >>> dataset.inputs.shape, dataset.num_classes
+      ((1797, 8, 8, 1), 10)
     """
     from sklearn.datasets import load_digits
 

@@ -18,6 +18,7 @@ _FOLDERS = {
     "cifar10": ("cifar10", "cifar-10-batches-bin", "cifar-10-batches-py", "."),
 }
 NAMES = ("digits", *_FOLDERS)
+"""Names that `load` knows; the path of a file or folder is the other way."""
 
 
 def load(

@@ -66,7 +66,7 @@ Column = Categorical | Continuous
 class Schema:
     """What the columns of a table are: public, hashable, and static under `jit`.
 
-    Of your own table, by hand or from the data by `fit_schema`:
+    Of your own table, by hand or from the data by `fit_schema`::
 
         schema = Schema((
             Continuous("age", mean=38.6, std=13.7, low=17.0, high=90.0),
@@ -205,7 +205,16 @@ def _check_table(
 
 
 def check_inputs(schema: Schema, name: str, shape: tuple[int, ...]) -> None:
-    """Refuse encoded inputs of another width than the schema's, with a `ValueError`."""
+    """Refuse encoded inputs of another width than the schema's.
+
+    Args:
+      schema: what the columns are.
+      name: of the argument, for the message.
+      shape: of the inputs, `[..., schema.width]`.
+
+    Raises:
+      ValueError: another width.
+    """
     if not shape or shape[-1] != schema.width:
         raise ValueError(
             f"{name} must have {schema.width} entries last, the width of the schema's "

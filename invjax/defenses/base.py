@@ -52,7 +52,15 @@ ACTS_ON = {
 
 
 def stateless(key: Array, params: Params) -> tuple:
-    """The empty state, for stages without randomness."""
+    """The empty state, for stages without randomness.
+
+    Args:
+      key: not used.
+      params: not used.
+
+    Returns:
+      The empty tuple.
+    """
     del key, params
     return ()
 
@@ -209,6 +217,11 @@ def chain(*defenses: Defense, key: Array | None = None) -> Defense:
     Raises:
       TypeError: an argument is not a defence.
       ValueError: a per-sample stage stands after an aggregated one.
+
+    Example:
+      >>> import invjax
+      >>> invjax.chain(invjax.defenses.clip_per_sample(1.0), invjax.defenses.gaussian_noise(0.01))
+      clip_per_sample(1.0),gaussian_noise(0.01)
     """
     for defense in defenses:
         if not isinstance(defense, Defense):

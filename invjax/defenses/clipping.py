@@ -54,6 +54,14 @@ def clip_per_sample(clip_norm: float) -> Defense:
 
     Raises:
       ValueError: a radius that is not positive.
+
+    Example:
+      >>> import jax, invjax
+      >>> defense = invjax.defenses.clip_per_sample(1.0)
+      >>> samples = {"w": jax.numpy.array([[3.0, 4.0], [0.0, 0.5]])}  # two samples, norms 5 and 0.5
+      >>> clipped, _ = defense.update(samples, defense.init({"w": jax.numpy.zeros(2)}))
+      >>> [round(value, 2) for value in clipped["w"].tolist()]
+      [0.3, 0.65]
     """
     check("clip_norm", clip_norm, 0.0, open_low=True)
     return from_stages(clip_per_sample_stage(clip_norm))

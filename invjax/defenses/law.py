@@ -18,7 +18,12 @@ from invjax.gradients import mean_samples
 
 
 class Rounding(NamedTuple):
-    """How the observation was rounded: `steps` is a tree of grid steps, one a tensor."""
+    """How the observation was rounded.
+
+    Attributes:
+      kind: to the `nearest` point of the grid, or to one of the two beside by chance (`stochastic`).
+      steps: tree of grid steps, one a tensor, in gradient units.
+    """
 
     kind: Literal["nearest", "stochastic"]
     steps: PyTree

@@ -77,6 +77,14 @@ def gaussian_noise(std: float, per_sample: bool = False) -> Defense:
 
     Raises:
       ValueError: a negative deviation.
+
+    Example:
+      >>> import jax, invjax
+      >>> defense = invjax.defenses.gaussian_noise(0.1)
+      >>> gradient = {"w": jax.numpy.zeros(1000)}
+      >>> noisy, _ = defense.update(gradient, defense.init(gradient))
+      >>> round(float(noisy["w"].std()), 2)
+      0.1
     """
     check("std", std, 0.0)
     settings = {"per_sample": True} if per_sample else {}

@@ -67,6 +67,11 @@ def parse(text: str | Sequence[calls.Call], model: Model | None = None) -> Defen
 
     Raises:
       ValueError: an unknown name (the message lists the known ones), or arguments out of range.
+
+    Example:
+      >>> import invjax
+      >>> invjax.defenses.parse("clip(1.0),gaussian(0.01)")
+      clip_per_sample(1.0),gaussian_noise(0.01)
     """
     parsed = calls.parse(text, "defense") if isinstance(text, str) else text
     if parsed == [("none", (), {})]:

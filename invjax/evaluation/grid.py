@@ -7,11 +7,12 @@ import pathlib
 import re
 import tomllib
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from invjax import calls
 
+Settings = TypeVar("Settings")
 AXES = ("datasets", "models", "train_steps", "defenses", "attacks", "batch_sizes", "seeds")
 
 
@@ -78,7 +79,16 @@ class Sweep:
 
 
 class Cell(NamedTuple):
-    """One combination of everything but the seed."""
+    """One combination of everything but the seed.
+
+    Attributes:
+      dataset: name or path, as `datasets.load` takes it.
+      model: the model, as text.
+      train_steps: steps that it was trained for before the attack.
+      defense: the defence, as text.
+      attack: the attack, as text.
+      batch_size: samples behind one gradient.
+    """
 
     dataset: str
     model: str
@@ -101,7 +111,14 @@ class Cell(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Jobs that are run, recorded and resumed together: victims `first` to `first + count - 1`."""
+    """Jobs that are run, recorded and resumed together: victims `first` to `first + count - 1`.
+
+    Attributes:
+      cell: what they have in common.
+      seed: of the sweep's `seeds`.
+      first: number of the first victim, from 0.
+      count: number of victims.
+    """
 
     cell: Cell
     seed: int
@@ -203,12 +220,29 @@ def from_toml(path: pathlib.Path | str) -> Sweep:
     Raises:
       ValueError: no such file, no TOML, or what `from_mapping` refuses; it names the file.
     """
+    return read_toml(path, from_mapping)
+
+
+def read_toml(
+    path: pathlib.Path | str, from_mapping: Callable[[Mapping[str, Any]], Settings]
+) -> Settings:
+    """Settings from a TOML file.
+
+    Args:
+      path: the file.
+      from_mapping: makes them of what it says.
+
+    Returns:
+      The settings.
+
+    Raises:
+      ValueError: no such file, no TOML, or what `from_mapping` refuses; it names the file.
+    """
     try:
-        settings = tomllib.loads(pathlib.Path(path).read_text())
-        return from_mapping(settings)
+        return from_mapping(tomllib.loads(pathlib.Path(path).read_text()))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
-    except (tomllib.TOMLDecodeError, ValueError) as error:
+    except (tomllib.TOMLDecodeError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -87,6 +87,9 @@ def program(
 
     Returns:
       The program.
+
+    Raises:
+      ValueError: an attack that takes steps and has no objective.
     """
     devices = tuple(jax.local_devices() if devices is None else devices)
     prototype = build(numbers)

@@ -221,7 +221,16 @@ def read(folder: pathlib.Path) -> tuple[Tradeoff, dict[str, Any], Result | None]
 
 
 def attack_folder(folder: pathlib.Path, index: int, family: Family) -> pathlib.Path:
-    """Where the attacks of a family are on record, a sweep like any other."""
+    """Where the attacks of a family are on record, a sweep like any other.
+
+    Args:
+      folder: of the comparison.
+      index: place of the family among those of the settings, from 0.
+      family: the family of defences.
+
+    Returns:
+      The folder of the sweep.
+    """
     return folder / "attacks" / _name(index, family)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from invjax import calls
 from invjax.attacks import needs_labels
 from invjax.evaluation import families
 from invjax.evaluation.families import FAMILIES, Family
-from invjax.evaluation.grid import Sweep, with_tuples
+from invjax.evaluation.grid import Sweep, read_toml, with_tuples
 
 OPTIMIZERS = {"adam": optax.adam, "sgd": optax.sgd}
 
@@ -170,12 +169,7 @@ def from_toml(path: pathlib.Path | str) -> Tradeoff:
     Raises:
       ValueError: no such file, no TOML, or what `from_mapping` refuses; it names the file.
     """
-    try:
-        return from_mapping(tomllib.loads(pathlib.Path(path).read_text()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    except (tomllib.TOMLDecodeError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    return read_toml(path, from_mapping)
 
 
 def as_mapping(settings: Tradeoff) -> dict[str, Any]:

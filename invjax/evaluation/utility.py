@@ -124,7 +124,15 @@ def train(
 
 
 def at(model: Model | Precode, key: Array) -> Model:
-    """The model with its noise fixed, where it has any."""
+    """The model with its noise fixed, where it has any.
+
+    Args:
+      model: a model, or one with PRECODE.
+      key: PRNG key of the noise.
+
+    Returns:
+      The model itself where it is a plain one.
+    """
     return model.at(key) if isinstance(model, Precode) else model
 
 

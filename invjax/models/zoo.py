@@ -24,6 +24,13 @@ def mlp(
 
     Returns:
       The model.
+
+    Example:
+      >>> import jax, invjax
+      >>> model = invjax.models.mlp((16,), num_classes=3)
+      >>> params = model.init(jax.random.key(0), (8, 8, 1))
+      >>> model.apply(params, jax.numpy.zeros((2, 8, 8, 1))).shape
+      (2, 3)
     """
     widths = (widths,) if isinstance(widths, int) else tuple(widths)
     hidden = [Spec("dense", width, activation=activation, bias=bias) for width in widths]

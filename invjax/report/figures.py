@@ -11,7 +11,14 @@ LIMIT = 16
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as the content of a PNG file."""
+    """A figure as the content of a PNG file.
+
+    Args:
+      figure: of matplotlib.
+
+    Returns:
+      The file's bytes.
+    """
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

@@ -74,6 +74,12 @@ def blowup(
 
     Raises:
       ValueError: an argument out of range.
+
+    Example:
+      >>> import invjax
+      >>> bound = invjax.theory.blowup(0.1, noise_multiplier=1.0, sampling_rate=0.01, steps=100)
+      >>> bool(0.1 < bound < 0.2)
+      True
     """
     kappa = checked(kappa, noise_multiplier, sampling_rate, steps)
     choose("inclusion", inclusion, ("hidden", "revealed"))

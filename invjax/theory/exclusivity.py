@@ -120,7 +120,7 @@ def exclusivity_probability(
     """How likely a random batch has sufficient exclusivity.
 
     Widths, depths and batch sizes are swept by a loop over models and sizes; a course of training
-    by a `vmap` over stacked parameters:
+    by a `vmap` over stacked parameters::
 
         over_training = jax.vmap(exclusivity_probability, (None, None, 0, None, None))
         for width in (128, 512, 2048):

@@ -158,6 +158,11 @@ def gamma_gaussian(kappa: ArrayLike, mu: ArrayLike) -> np.ndarray:
 
     Raises:
       ValueError: an argument out of range.
+
+    Example:
+      >>> import invjax
+      >>> round(float(invjax.theory.rero.gamma_gaussian(0.1, 1.0)), 3)
+      0.389
     """
     kappa = _kappa(kappa)
     return _clip(ndtr(ndtri(kappa) + _within("mu", mu, 0.0)), kappa)

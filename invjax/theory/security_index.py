@@ -146,6 +146,12 @@ def security_index(
     Raises:
       ValueError: a model without a layer view, an unknown mode, a batch of more than one sample,
         parameters unlike the model, or arguments that the mode does not use.
+
+    Example:
+      >>> import invjax
+      >>> found = invjax.theory.security_index(invjax.models.cnn6(), (32, 32, 3))
+      >>> found.index, found.exact
+      (0, True)
     """
     choose("mode", mode, ("closed", "numeric"))
     if mode == "closed" and not (key is None and params is None and batch is None):

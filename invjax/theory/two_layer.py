@@ -49,7 +49,12 @@ class Setting(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What the rates are multiplied by."""
+    """What the rates are multiplied by.
+
+    Attributes:
+      upper: of the upper bounds.
+      lower: of the lower bounds.
+    """
 
     upper: Number = 1.0
     lower: Number = 1.0
@@ -59,7 +64,12 @@ UNIT = Constants()
 
 
 class Bounds(NamedTuple):
-    """Error of the tensor attack, and least error of any; `None` where nothing is proven."""
+    """Both sides of a row of the table, in input units; `None` where nothing is proven.
+
+    Attributes:
+      upper: error that the tensor attack reaches.
+      lower: error that no attack beats.
+    """
 
     upper: Number | None
     lower: Number | None

@@ -36,6 +36,17 @@ def bias_trick(model: Model | None = None, *, first: First | None = None) -> Att
       ValueError: neither a model nor `first`, a model without a layer view and no `first`; and at
         its use, an observation of not exactly one sample (a larger batch gives a mixture), no
         dense layer with a bias at the input, shapes that do not fit.
+
+    Example:
+      >>> import jax, invjax
+      >>> key = jax.random.key(0)
+      >>> batch = invjax.datasets.draw(key, invjax.datasets.digits(), 1)
+      >>> model = invjax.models.mlp((16,))
+      >>> params = model.init(key, (8, 8, 1))
+      >>> observation = invjax.observe(key, model, params, batch)
+      >>> found = invjax.attacks.bias_trick(model)(key, observation)
+      >>> bool(abs(found.inputs - batch.inputs).max() < 1e-5)
+      True
     """
     if model is None and first is None:
         raise ValueError("Give bias_trick a model or first=, to find the first layer with.")

@@ -196,12 +196,27 @@ def clipped_gradients(model: Model, params: Params, batch: Batch, clip_norm: flo
 
 
 def batch_size(run: Run, count: int) -> float:
-    """Expected batch size of `count` records."""
+    """Expected batch size of `count` records.
+
+    Args:
+      run: the settings of training.
+      count: records of the training set.
+
+    Returns:
+      The sampling rate times `count`.
+    """
     return run.sampling_rate * count
 
 
 def steps_per_epoch(run: Run) -> int:
-    """Steps in which a record is expected once."""
+    """Steps in which a record is expected once.
+
+    Args:
+      run: the settings of training.
+
+    Returns:
+      The inverse of the sampling rate, rounded.
+    """
     return round(1 / run.sampling_rate)
 
 

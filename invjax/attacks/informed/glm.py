@@ -74,6 +74,16 @@ def reconstruct(
     Raises:
       ValueError: a model and records that do not fit, a number out of range, neither label nor norm where
         one is needed, a softmax of two classes without an intercept.
+
+    Example:
+      >>> import numpy as np, invjax
+      >>> rng = np.random.default_rng(0)
+      >>> batch = invjax.Batch(rng.normal(size=(20, 3)), rng.integers(2, size=20))
+      >>> released = invjax.attacks.informed.glm.fit(batch, "logistic", penalty=0.1)
+      >>> known = invjax.Batch(batch.inputs[1:], batch.labels[1:])
+      >>> found = invjax.attacks.informed.glm.reconstruct(released, known)
+      >>> bool(abs(found.inputs - batch.inputs[:1]).max() < 1e-6)
+      True
     """
     check_glm(glm, known)
     _check(glm, label is not None, norm)

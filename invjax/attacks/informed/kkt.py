@@ -238,7 +238,7 @@ def kkt(
 ) -> Attack:
     """Reconstruct training samples from trained weights (Haim et al. 2022; Buzaglo et al. 2023).
 
-    With `m` images and multipliers it minimises
+    With `m` images and multipliers it minimises::
 
         |theta - (1/m) combination|^2 + sum relu(x - high)^2 + relu(low - x)^2 + 5 sum relu(l_min - l)
 

@@ -22,7 +22,12 @@ STRENGTHS = tuple(np.logspace(-2, 6, 17))
 
 
 class Scaler(NamedTuple):
-    """What brings features to mean 0 and deviation 1 over the shadows: `[p]` means and deviations."""
+    """What brings features to mean 0 and deviation 1 over the shadows.
+
+    Attributes:
+      mean: `[p]` means.
+      scale: `[p]` deviations.
+    """
 
     mean: Array
     scale: Array
@@ -126,7 +131,15 @@ def _regression(
 
 
 def absolute_and_squared(found: Array, truth: Array) -> Array:
-    """The loss of Balle et al. 2022: mean absolute plus mean squared error."""
+    """The loss of Balle et al. 2022: mean absolute plus mean squared error.
+
+    Args:
+      found: reconstructed values.
+      truth: of the same shape.
+
+    Returns:
+      A scalar, the means over all values.
+    """
     error = found - truth
     return jnp.mean(jnp.abs(error)) + jnp.mean(jnp.square(error))
 

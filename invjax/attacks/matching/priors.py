@@ -256,7 +256,16 @@ def patch_border(weight: float, patch: int) -> Prior:
 
 
 def input_bounds(observation: Observation, dtype, ndim: int) -> tuple[Array, Array]:
-    """The public input range as arrays that broadcast against inputs of rank `ndim`."""
+    """The public input range as arrays that broadcast against inputs of rank `ndim`.
+
+    Args:
+      observation: whose `facts.input_range` is taken.
+      dtype: of the arrays.
+      ndim: rank of the inputs, batch axis included.
+
+    Returns:
+      Lowest and highest value; scalars, or `[1, ..., 1, C]` where the range is one per channel.
+    """
 
     def bound(value):
         value = jnp.asarray(value, dtype)

@@ -42,7 +42,7 @@ def tableak(
     """TabLeak (Vero et al. 2023): cosine, Adam on signs, categories as softmax, restarts pooled.
 
     Every candidate is a valid soft row (`relaxed`). All restarts are aligned to the one of lowest
-    objective, and their median is the answer (`pooled`).
+    objective, and their median is the answer (`pooled`)::
 
         attack = tableak(model, schema, restarts=12)
         found = jax.jit(attack)(key, observation)

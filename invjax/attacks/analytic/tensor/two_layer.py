@@ -96,5 +96,12 @@ def query(
 
 
 def planted_query(bias: float = 3.0):
-    """`query` at a bias, as a `plant(key, params, auxiliary=None) -> params`."""
+    """`query` at a bias, as a `plant(key, params, auxiliary=None) -> params`.
+
+    Args:
+      bias: the output bias.
+
+    Returns:
+      The function.
+    """
     return functools.partial(query, bias=bias)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from invjax.base import Array, Defense, PyTree
+from invjax.defenses import ranking
 from invjax.defenses.base import Elementary, from_stages, nothing, stateless
 from invjax.defenses.checks import check, choose, describe, equals
 from invjax.defenses.law import Law
@@ -26,7 +27,7 @@ def prune(gradient: PyTree, fraction: Array | float, scope: Scope) -> PyTree:
 
     def cut(values):
         position = jnp.floor(fraction * values.size).astype(int)
-        return jnp.sort(jnp.abs(jax.lax.stop_gradient(values)))[position]
+        return ranking.at_rank(jnp.abs(jax.lax.stop_gradient(values)), position)
 
     return jax.tree.map(
         lambda leaf, cut: jnp.where(jnp.abs(leaf) >= cut, leaf, 0.0),

@@ -16,6 +16,7 @@ import optax
 
 from invjax import conv
 from invjax.base import Array, Batch, Model, Params, PyTree
+from invjax.defenses import ranking
 from invjax.defenses.checks import check
 
 CHUNK = 16
@@ -183,9 +184,7 @@ def keep_telling_least(sensitivity: Sensitivity, fraction: Array | float) -> PyT
     """
     leaves, treedef = jax.tree.flatten(ratio(sensitivity, floor=1e-30, cap=math.inf))
     values = jnp.concatenate([leaf.ravel() for leaf in leaves])
-    order = jnp.argsort(values)
-    keep = values.size - jnp.floor(fraction * values.size).astype(int)
-    kept = jnp.zeros(values.size, bool).at[order].set(jnp.arange(values.size) < keep)
+    kept = ranking.smallest(values, values.size - jnp.floor(fraction * values.size).astype(int))
     ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
     parts = jnp.split(kept, ends)
     shaped = [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]

@@ -1,12 +1,15 @@
 """`invjax privacy`: its table, what it says of it, and what it says to bad input."""
 
+import numpy as np
 import pytest
 
-from invjax.cli.privacy import privacy
+from invjax.cli import privacy as command
+from invjax.cli.privacy import ORDERS, privacy
 from invjax.defenses import privacy_spent
+from invjax.theory import accounting, fisher
 from invjax.theory.baselines import kappa_ball, kappa_sphere
 from invjax.theory.blowup import blowup
-from invjax.theory.rero import gamma_dp, gamma_zcdp
+from invjax.theory.rero import gamma_dp, gamma_rdp, gamma_zcdp
 
 BASE = {"num-samples": 500, "batch-size": 50, "steps": 20, "noise-multiplier": 1.5}
 
@@ -82,12 +85,55 @@ def test_other_priors(run):
     assert "blind probability was given" in text
 
 
+def test_looser_bounds(run):
+    """At much noise, where none of them is 1, and by delta's share."""
+    found = rows(run(noise_multiplier=20, delta=0.01, records=10).out)
+    assert found["looser, by zCDP"][0] == pytest.approx(gamma_zcdp(0.1, 20 / 800), rel=1e-3)
+    epsilon = privacy_spent(20.0, 500, 50, 20, 0.01)
+    naive = 0.1 * np.exp(epsilon) + 0.01
+    assert found["looser, kappa e^epsilon + delta"][0] == pytest.approx(naive, rel=1e-3)
+    unbiased = found["of unbiased attacks, at least (any record)"]
+    kinds = "hidden", "revealed"
+    spent = [accounting.renyi_two_replacement(20.0, 0.1, 20, kind) for kind in kinds]
+    exact = [float(fisher.rdp_mse(value, np.ones(1))) for value in spent]
+    assert unbiased == pytest.approx(exact, rel=1e-3)
+
+
+def test_success_is_the_least_of_the_bounds(run, monkeypatch):
+    success = "success of any reconstruction, at most"
+    found = rows(run(kappa=1e-15, noise_multiplier=3).out)
+    renyi = gamma_rdp(1e-15, accounting.renyi_divergences(3.0, 0.1, 20, ORDERS), ORDERS)
+    assert renyi < blowup(1e-15, 3.0, 0.1, 20)
+    assert found[success][0] == found["looser, by Renyi divergences"][0]
+    assert found[success][0] == pytest.approx(renyi, rel=1e-3)
+    monkeypatch.setattr(command, "blowup", lambda *args, inclusion="hidden": 1.0)
+    monkeypatch.setattr(command.rero, "gamma_rdp", lambda *args: 1.0)
+    found = rows(run(noise_multiplier=20).out)
+    assert found[success][0] == found["looser, kappa e^epsilon + delta"][0] < 0.2
+
+
+def test_radius_and_dimension(run):
+    setting = {"batch_size": 500, "noise_multiplier": 5, "eta": 0.5}
+    blind = "success of a blind guess (kappa)"
+    found = rows(run(prior="ball", dimension=3, radius=2, **setting).out)
+    assert found[blind][0] == pytest.approx(1 / 64, rel=1e-3)
+    images = {"dataset": "digits", "model": "mlp(4)", "num_victims": 1}
+    config = command.PrivacyConfig(9, 3, 2, 1.0, prior="ball", dimension=3, eta=0.5, **images)
+    assert command.prepare(config)[0] == pytest.approx(1 / 8)
+
+
 def test_fisher_information(run):
     changes = {"dataset": "digits", "model": "mlp(4)", "num_victims": 2, "clip_norm": 0.5}
     text = run(prior="ball", eta=0.1, **changes).out
     found = rows(text)
     assert found["success of a blind guess (kappa)"][0] == pytest.approx(0.1**64, rel=1e-3)
     hidden, revealed = found["dFIL at initialisation, median"]
+    config = command.PrivacyConfig(
+        500, 50, 20, 1.5, dataset="digits", model="mlp(4)", num_victims=2
+    )
+    information = command._information(config)
+    step = fisher.dp_sgd_step(*information, clip_norm=0.5, noise_multiplier=1.5)
+    assert revealed == pytest.approx(20 * 0.1 * np.median(step.dfil), rel=1e-3)
     assert 0 < hidden <= revealed <= found["largest"][1]
     least = found["mean square error of unbiased attacks on it, at least"]
     assert least == pytest.approx([1 / value for value in found["largest"]], rel=2e-3)
@@ -107,11 +153,22 @@ def test_hardly_any_noise_is_accounted_for_quickly(run):
         ({"batch_size": 501}, "--batch-size must be at most --num-samples, got 501 and 500"),
         ({"steps": 0}, "--steps must be at least 1, got 0"),
         ({"noise_multiplier": 0}, "--noise-multiplier must be positive, got 0.0"),
+        ({"noise_multiplier": 1e200}, "--noise-multiplier must lie between 0.0001 and 1e+08"),
+        ({"noise_multiplier": 1e-200}, "--noise-multiplier must lie between 0.0001 and 1e+08"),
         ({"noise_multiplier": "nan"}, "--noise-multiplier must be positive"),
         ({"clip_norm": -1}, "--clip-norm must be positive"),
         ({"delta": 0}, "--delta must lie between 0 and 1, got 0.0"),
         ({"kappa": 1.5}, "--kappa must lie between 0 and 1"),
         ({"kappa": 0.1, "prior": "uniform"}, "--kappa stands in place of --prior"),
+        ({"kappa": 0.1, "records": 3}, "--kappa stands in place of --prior, got --records"),
+        ({"kappa": 0.1, "eta": 0.1}, "--kappa stands in place of --prior, got --eta"),
+        ({"kappa": 0.1, "radius": 1}, "--kappa stands in place of --prior, got --radius"),
+        ({"dimension": 3}, "--dimension needs --prior sphere or ball"),
+        ({"prior": "uniform", "radius": 3}, "--radius needs --prior sphere or ball"),
+        (
+            {"prior": "sphere", "dimension": 3, "eta": 0.1, "records": 7},
+            "--records is of the uniform prior, got --prior sphere",
+        ),
         ({"records": 0}, "--records must be at least 1"),
         ({"eta": 0.1}, "--eta needs --prior sphere or ball"),
         ({"prior": "ball", "eta": 0.1}, "--prior ball needs --dimension and --eta"),

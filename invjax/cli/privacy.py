@@ -26,6 +26,11 @@ ORDERS = tuple(range(2, 257))
 LEAST_NOISE = 0.25
 """Below it the privacy loss spreads so far that accounting by its distribution takes minutes."""
 
+NOISE = 1e-4, 1e8
+"""Range of noise multipliers that accounting is fit for."""
+RECORDS = 10
+"""Of the uniform prior, if not given."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PrivacyConfig:
@@ -54,14 +59,14 @@ class PrivacyConfig:
     prior: Literal["uniform", "sphere", "ball"] | None = None
     """What the adversary holds for possible: uniform on so many records (as if not given), or on a
     sphere, or a ball."""
-    records: int = 10
-    """Number of records of the uniform prior."""
+    records: int | None = None
+    """Number of records of the uniform prior (10 if not given)."""
     dimension: int | None = None
     """Values of a record, for sphere and ball; those of the data set if not given."""
     eta: float | None = None
     """L2 error that counts as success, for sphere and ball."""
-    radius: float = 1.0
-    """Of sphere and ball."""
+    radius: float | None = None
+    """Of sphere and ball (1 if not given)."""
     kappa: float | None = None
     """In place of a prior: probability that the best blind guess succeeds."""
     dataset: str | None = None
@@ -134,7 +139,8 @@ def prepare(config: PrivacyConfig) -> tuple[float, Information | None]:
       ValueError: anything amiss, by the option's name.
     """
     for name in ("num_samples", "batch_size", "steps", "records", "num_victims"):
-        _at_least(name, getattr(config, name), 1)
+        if getattr(config, name) is not None:
+            _at_least(name, getattr(config, name), 1)
     if config.batch_size > config.num_samples:
         raise ValueError(
             f"--batch-size must be at most --num-samples, got {config.batch_size} and "
@@ -142,8 +148,13 @@ def prepare(config: PrivacyConfig) -> tuple[float, Information | None]:
         )
     for name in ("noise_multiplier", "clip_norm", "radius"):
         value = getattr(config, name)
-        if not 0 < value < np.inf:
+        if value is not None and not 0 < value < np.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}.")
+    if not NOISE[0] <= config.noise_multiplier <= NOISE[1]:
+        raise ValueError(
+            f"--noise-multiplier must lie between {NOISE[0]:g} and {NOISE[1]:g}, beyond which "
+            f"accounting fails, got {config.noise_multiplier}."
+        )
     for name in ("delta", "kappa"):
         value = getattr(config, name)
         if value is not None and not 0 < value < 1:
@@ -169,8 +180,9 @@ def bounds(config: PrivacyConfig, kappa: float) -> list[Row]:
     name, epsilon = _epsilon(config)
     concentrated = rero.gamma_zcdp(kappa, config.steps / (2 * config.noise_multiplier**2))
     renyi = rero.gamma_rdp(kappa, accounting.renyi_divergences(*setting, ORDERS), ORDERS)
+    naive = rero.gamma_dp(kappa, epsilon, config.delta)
     # The certificate carries a round-off of about 1e-7, below which the formulas are better.
-    success = np.minimum(blowup(kappa, *setting), renyi)
+    success = np.minimum(np.minimum(blowup(kappa, *setting), renyi), naive)
     revealed = blowup(kappa, *setting, inclusion="revealed")
     divergence = accounting.renyi_two_replacement(*setting)
     exposed = accounting.renyi_two_replacement(*setting, "revealed")
@@ -182,9 +194,7 @@ def bounds(config: PrivacyConfig, kappa: float) -> list[Row]:
         Row("success of any reconstruction, at most", _text(success), _text(revealed)),
         Row("  looser, by Renyi divergences", _text(renyi)),
         Row("  looser, by zCDP", _text(concentrated), _text(concentrated)),
-        Row(
-            "  looser, kappa e^epsilon + delta", _text(rero.gamma_dp(kappa, epsilon, config.delta))
-        ),
+        Row("  looser, kappa e^epsilon + delta", _text(naive)),
         Row("mean square error, at least (worst record)", *map(_text, floors)),
         Row("  of unbiased attacks, at least (any record)", *map(_text, unbiased)),
     ]
@@ -248,7 +258,9 @@ def meaning(config: PrivacyConfig, kappa: float, informed: bool) -> list[str]:
     if config.kappa is not None:
         success = "the event whose blind probability was given"
     elif config.prior in (None, "uniform"):
-        success = f"to name the right one of {config.records} records that are equally likely"
+        success = (
+            f"to name the right one of {config.records or RECORDS} records that are equally likely"
+        )
     else:
         success = f"an L2 error of at most {config.eta:g}, from a uniform prior on a {config.prior}"
     lines = [
@@ -284,13 +296,19 @@ def _epsilon(config: PrivacyConfig) -> tuple[str, float]:
 
 def _kappa(config: PrivacyConfig, size: int | None) -> float:
     if config.kappa is not None:
-        if config.prior is not None:
-            raise ValueError("--kappa stands in place of --prior, got both.")
+        for name in ("prior", "records", "dimension", "eta", "radius"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"--kappa stands in place of --prior, got --{name} too.")
         return config.kappa
     if config.prior in (None, "uniform"):
-        if config.eta is not None:
-            raise ValueError("--eta needs --prior sphere or ball; the uniform prior has none.")
-        return baselines.kappa_uniform(config.records)
+        for name in ("dimension", "eta", "radius"):
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"--{name} needs --prior sphere or ball; the uniform prior has none."
+                )
+        return baselines.kappa_uniform(config.records or RECORDS)
+    if config.records is not None:
+        raise ValueError(f"--records is of the uniform prior, got --prior {config.prior}.")
     dimension = size if config.dimension is None else config.dimension
     if dimension is None or config.eta is None:
         raise ValueError(f"--prior {config.prior} needs --dimension and --eta.")
@@ -298,7 +316,7 @@ def _kappa(config: PrivacyConfig, size: int | None) -> float:
     if not config.eta > 0:
         raise ValueError(f"--eta must be positive, got {config.eta}.")
     prior = baselines.kappa_sphere if config.prior == "sphere" else baselines.kappa_ball
-    return float(prior(config.eta, dimension, config.radius))
+    return float(prior(config.eta, dimension, 1.0 if config.radius is None else config.radius))
 
 
 def _information(config: PrivacyConfig) -> Information | None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import brentq
-from scipy.special import ndtr
+from scipy.special import log_ndtr, ndtr
 
 from invjax.defenses import privacy_spent
 from invjax.defenses.checks import check, choose
@@ -112,14 +112,18 @@ def renyi_two_replacement(
       inclusion: `hidden`, or `revealed` where the adversary knows which steps took the record.
 
     Returns:
-      The sum over the steps of `log(1 + chi^2)`.
+      The sum over the steps of `log(1 + chi^2)`; 0 or infinite where `sigma^2` is beyond float64.
 
     Raises:
       ValueError: an argument out of range.
     """
     checked(0.5, noise_multiplier, sampling_rate, steps)
     choose("inclusion", inclusion, ("hidden", "revealed"))
-    rate, inverse = sampling_rate, noise_multiplier**-2
+    rate = float(sampling_rate)
+    with np.errstate(over="ignore", under="ignore"):
+        inverse = float(np.float64(noise_multiplier) ** -2)
+    if inverse in (0.0, math.inf):
+        return inverse
     # Logarithms of chi^2, as the exponentials overflow for little noise.
     chi = math.log(rate) + _log_expm1(4 * inverse)
     if rate < 1 and inclusion == "hidden":
@@ -157,7 +161,10 @@ def mean_square_floor(renyi_two: ArrayLike, diameter: float = 1.0) -> np.ndarray
 def noise_for_epsilon(
     epsilon: float, delta: float, num_samples: int, batch_size: int, steps: int
 ) -> float:
-    """Noise multiplier with which DP-SGD spends a given epsilon, by `defenses.privacy_spent`.
+    """Noise multiplier with which DP-SGD spends a given epsilon.
+
+    Full batches by the Gaussian mechanism's delta, which is exact (Balle and Wang 2018); else by
+    `defenses.privacy_spent`.
 
     Args:
       epsilon: of (epsilon, delta)-differential privacy, positive.
@@ -170,30 +177,50 @@ def noise_for_epsilon(
       The noise multiplier, to a relative 1e-3 in epsilon.
 
     Raises:
-      ValueError: an argument out of range.
+      ValueError: an argument out of range, a `delta` that holds without noise, or an epsilon that
+        `defenses.privacy_spent` does not come to.
     """
     check("epsilon", epsilon, 0.0, open_low=True, open_high=True)
     check("delta", delta, 0.0, 1.0, open_low=True, open_high=True)
     check("num_samples", num_samples, 1)
     check("batch_size", batch_size, 1, num_samples)
-    check("steps", steps, 1)
-
-    # Close at once, by a fast accounting of removals: a slow one, of additions too, has the last word.
     rate = batch_size / num_samples
-    mu = brentq(lambda mu: _gaussian_delta(epsilon, mu) - delta, 1e-6, 1e3)
+    checked(0.5, 1.0, rate, steps)
+    taken = -math.expm1(steps * math.log1p(-rate)) if rate < 1 else 1.0
+    if delta >= taken:
+        raise ValueError(
+            f"delta must lie below {taken:.6g}, got {delta}: more than that is not even reached "
+            "without noise, as the record is taken too rarely."
+        )
+
+    def excess(log_mu: float) -> float:
+        return _gaussian_delta(epsilon, math.exp(log_mu)) - delta
+
+    most = math.log(2 * math.sqrt(epsilon) + 100)
+    mu = math.exp(brentq(excess, math.log(min(delta, 1e-6)), most, xtol=1e-12))
     noise = math.sqrt(steps) / mu
-    if rate < 1:
-        low, high = math.log(noise) - 0.5, math.log(noise)
+    if rate == 1:
+        return noise
+    # Close at once, by a fast accounting of removals: a slow one, of additions too, has the last word.
+    high = math.log(noise)
+    if _log_excess(high, epsilon, delta, rate, steps) < 0:
+        low = high - 0.5
         while _log_excess(low, epsilon, delta, rate, steps) < 0:
             low, high = low - 0.5, low
         arguments = epsilon, delta, rate, steps
         noise = math.exp(brentq(_log_excess, low, high, args=arguments, xtol=1e-5))
+    low, high, spent = 0.0, math.inf, math.nan
     for _ in range(MAX_CORRECTIONS):
         spent = privacy_spent(noise, num_samples, batch_size, steps, delta)
         if abs(spent / epsilon - 1) < 1e-3:
-            break
-        noise *= math.sqrt(spent / epsilon)
-    return noise
+            return noise
+        low, high = (noise, high) if spent > epsilon else (low, noise)
+        proposed = noise * min(max(math.sqrt(spent / epsilon), 0.5), 2.0)
+        noise = proposed if low < proposed < high else (low + high) / 2
+    raise ValueError(
+        f"epsilon must be one that accounting comes to, got {epsilon}: at a noise multiplier of "
+        f"{noise:.6g} it finds {spent:.6g}, after {MAX_CORRECTIONS} corrections."
+    )
 
 
 def same_epsilon(
@@ -237,8 +264,8 @@ def _log_excess(log_noise: float, epsilon: float, delta: float, rate: float, ste
 
 def _gaussian_delta(epsilon: float, mu: float) -> float:
     """Balle and Wang (2018), theorem 8."""
-    far = ndtr(-epsilon / mu - mu / 2)
-    return float(ndtr(mu / 2 - epsilon / mu) - (math.exp(epsilon) * far if far else 0.0))
+    far = math.exp(epsilon + log_ndtr(-epsilon / mu - mu / 2))
+    return float(ndtr(mu / 2 - epsilon / mu)) - far
 
 
 def _log_expm1(value: float) -> float:

@@ -28,9 +28,11 @@ def kappa_uniform(num_records: int) -> float:
       Kappa.
 
     Raises:
-      ValueError: fewer than one record.
+      ValueError: fewer than one record, or a number that is not whole.
     """
-    check("num_records", num_records, 1)
+    check("num_records", num_records, 1, open_high=True)
+    if num_records != int(num_records):
+        raise ValueError(f"num_records must be a whole number, got {num_records}.")
     return 1 / num_records
 
 
@@ -104,12 +106,14 @@ def kappa_pool_heuristic(pool: ArrayLike, eta: float) -> float:
       The largest share of the pool within `eta` of one of its records.
 
     Raises:
-      ValueError: an empty pool, or a negative error.
+      ValueError: a pool that is empty or not finite, or a negative error.
     """
     check("eta", eta, 0.0)
     points = np.asarray(pool, float)
     if points.ndim < 2 or not len(points):
         raise ValueError(f"pool must hold records, [m, ...], got shape {points.shape}.")
+    if not np.isfinite(points).all():
+        raise ValueError("pool must hold finite values, got NaN or infinite ones.")
     points = points.reshape(len(points), -1)
     counts = [
         (cdist(points[start : start + POOL_ROWS], points) <= eta).sum(1).max()

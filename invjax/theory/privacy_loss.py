@@ -10,48 +10,30 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.signal import lfilter
-from scipy.special import logsumexp, ndtr
+from scipy.special import erf, ndtr
 
 from invjax.defenses.checks import check
+from invjax.theory.loss_grid import (
+    CDF_ERROR,
+    EPS,
+    REACH,
+    Grid,
+    Law,
+    Step,
+    bin_masses,
+    compose,
+    first_and_last,
+    make_grid,
+    make_window,
+    outcomes,
+    roundoff,
+    wide_grid,
+)
 
-EPS = float(np.finfo(float).eps)
-CDF_ERROR = 2e-13
-"""Relative error allowed for a tail of the normal distribution, several times that of SciPy."""
-TAIL = 1e-13
-"""Mass of the summed loss that may lie on either side of the window."""
-REACH = 9.5
-"""Deviations of the noise beyond which a step's loss counts as infinite; a mass of 1e-21."""
-
-MAX_BINS = 2**20
-
-
-class _Law(NamedTuple):
-    """One step: the noise multiplier, and the rate at which it takes the record."""
-
-    noise: float
-    rate: float
-
-
-class _Window(NamedTuple):
-    """Where the summed loss lies but for `TAIL` on either side, its deviation, the upper side's tilt.
-
-    And the extent of a step's loss.
-    """
-
-    low: float
-    high: float
-    deviation: float
-    tilt: float
-    extent: float
-
-
-class _Grid(NamedTuple):
-    """Where the summed loss lives: `size` points from `start * width` on, for so many steps."""
-
-    width: float
-    start: int
-    size: int
-    steps: int
+LITTLE_NOISE, MUCH_NOISE = 0.01, 1e12
+"""Noise beyond which simple bounds do: below, outcomes tell all but for 1e-500."""
+LEAST_NOISE = 1e-6
+"""Noise below which any finite epsilon counts as spent."""
 
 
 def fft_blowup(
@@ -75,6 +57,10 @@ def fft_blowup(
     of the sum, `t kappa + H(t)` is a bound for every `t`. What is cut off, wraps around or is rounded
     is bounded in turn and added, so that the result is never below the truth.
 
+    Neither is worse than simple bounds that hold with any noise, `ceiling` and the test whether any
+    step's outcome lies above 1/2. Below a noise of 0.01, above 1e12, and where the loss has no deviation
+    in float64, those two are the result; the one is exact without noise, the other very nearly.
+
     Args:
       kappa: as in `blowup.blowup`.
       noise_multiplier: as in `blowup.blowup`.
@@ -91,12 +77,17 @@ def fft_blowup(
       ValueError: an argument out of range.
     """
     kappa = checked(kappa, noise_multiplier, sampling_rate, steps)
-    law = _Law(noise_multiplier, sampling_rate)
-    grid, tilt = _grid(law, steps, num_bins)
-    if certified:
-        gamma = _upper(kappa, _hockey_sticks(law, grid, tilt))
+    _check_bins(num_bins)
+    law = Law(float(noise_multiplier), float(sampling_rate))
+    simple = ceiling(kappa, *law, steps) if certified else _one_test(kappa, law, steps)
+    window = make_window(law, steps) if LITTLE_NOISE <= law.noise <= MUCH_NOISE else None
+    if window is None or not window.deviation > 0:
+        gamma = simple
+    elif certified:
+        sticks = _hockey_sticks(*wide_grid(law, steps, num_bins, window))
+        gamma = np.minimum(_upper(kappa, sticks), simple)
     else:
-        gamma = _lower(kappa, law, grid)
+        gamma = np.maximum(_lower(kappa, law, make_grid(window, steps, num_bins)), simple)
     return np.clip(gamma, kappa, 1.0)[()]
 
 
@@ -128,16 +119,46 @@ def fft_delta(
     epsilon = np.asarray(epsilon, float)
     if not (epsilon >= 0).all():
         raise ValueError(f"epsilon must be at least 0, got {epsilon}.")
-    law = _Law(noise_multiplier, sampling_rate)
-    grid, tilt = _grid(law, steps, num_bins)
-    sticks = _hockey_sticks(law, grid, tilt)
+    _check_bins(num_bins)
+    law = Law(float(noise_multiplier), float(sampling_rate))
+    most = min(float(ceiling(np.zeros(()), *law, steps)), 1.0)
+    window = make_window(law, steps) if LEAST_NOISE <= law.noise <= MUCH_NOISE else None
+    if window is None or not window.deviation > 0:
+        return np.full(epsilon.shape, most)[()]
+    grid, step, lost = wide_grid(law, steps, num_bins, window)
+    sticks = _hockey_sticks(grid, step, lost)
     # Between its points H is linear in t = e^epsilon; below them it is 1 at most, above them decreasing.
     offset = (epsilon - sticks.shift - sticks.thresholds[0]) / grid.width
     index = np.floor(offset).clip(0, grid.size - 2).astype(int)
-    share = np.expm1((offset - index).clip(0, 1) * grid.width) / math.expm1(grid.width)
+    part, width = (offset - index).clip(0, 1), grid.width
+    share = np.exp((part - 1) * width) * np.expm1(-part * width) / math.expm1(-width)
     value = (1 - share) * sticks.values[index] + share * sticks.values[index + 1]
     value = np.where(offset < 0, 1.0, value)
-    return np.clip(value + sticks.slack, 0.0, 1.0)[()]
+    return np.clip(value + sticks.slack, 0.0, most)[()]
+
+
+def ceiling(
+    kappa: np.ndarray, noise_multiplier: float, sampling_rate: float, steps: int
+) -> np.ndarray:
+    """A simple bound: the least of `1 - (1 - q)^T (1 - kappa)` and `kappa` plus total variations.
+
+    The first is reached without noise: all is known but where no step takes the record. The others
+    are for much noise, `T q (2 Phi(1 / (2 sigma)) - 1)` and `2 Phi(sqrt(T) / (2 sigma)) - 1`.
+
+    Args:
+      kappa: as in `blowup.blowup`.
+      noise_multiplier: as in `blowup.blowup`.
+      sampling_rate: as in `blowup.blowup`.
+      steps: as in `blowup.blowup`.
+
+    Returns:
+      The bound, of `kappa`'s shape, rounded up.
+    """
+    with np.errstate(divide="ignore", over="ignore"):
+        scaled = 1 / (math.sqrt(8) * np.float64(noise_multiplier))
+        known = kappa - np.expm1(steps * np.log1p(-sampling_rate)) * (1 - kappa)
+        apart = np.minimum(steps * sampling_rate * erf(scaled), erf(math.sqrt(steps) * scaled))
+    return np.minimum(known, kappa + apart) * (1 + 8 * EPS)
 
 
 def checked(
@@ -149,7 +170,7 @@ def checked(
       kappa: probabilities.
       noise_multiplier: positive.
       sampling_rate: above 0, at most 1.
-      steps: at least 1.
+      steps: a whole number, at least 1.
 
     Returns:
       `kappa` as an array.
@@ -159,108 +180,43 @@ def checked(
     """
     check("noise_multiplier", noise_multiplier, 0.0, open_low=True, open_high=True)
     check("sampling_rate", sampling_rate, 0.0, 1.0, open_low=True)
-    check("steps", steps, 1)
+    check("steps", steps, 1, open_high=True)
+    if steps != int(steps):
+        raise ValueError(f"steps must be a whole number, got {steps}.")
     array = np.asarray(kappa, float)
     if not ((array >= 0) & (array <= 1)).all():
         raise ValueError(f"kappa must lie in [0, 1], got {kappa}.")
     return array
 
 
-def _loss(points: np.ndarray, law: _Law) -> np.ndarray:
-    """Log of the ratio of the laws of one step, with and without the record, at its outcomes."""
-    with np.errstate(divide="ignore"):
-        absent = np.log1p(-law.rate)
-    return np.logaddexp(absent, math.log(law.rate) + (points - 0.5) / law.noise**2)
+def _check_bins(num_bins: int | None) -> None:
+    if num_bins is not None:
+        check("num_bins", num_bins, 16)
 
 
-def _outcomes(losses: np.ndarray, law: _Law) -> np.ndarray:
-    """The inverse of `_loss`; minus infinity below its range."""
-    with np.errstate(divide="ignore", over="ignore"):
-        absent = np.log1p(-law.rate)
-        share = np.maximum(-np.expm1(absent - losses), 0.0)
-        return law.noise**2 * (losses - math.log(law.rate) + np.log(share)) + 0.5
-
-
-def _grid(law: _Law, steps: int, num_bins: int | None) -> tuple[_Grid, float]:
-    """Where to compute, and the tilt at which the mass above is bounded."""
-    window = _window(law, steps)
-    size = 1.04 * (window.high - window.low)
-    if num_bins is None:
-        # Bins spread the sum by T h^2 / 6, which matters against its own variance; atoms by h^2 / 8.
-        fine = min(3e-3, math.sqrt(3e-5 * max(window.deviation, 1e-3) / steps))
-        fine = max(fine, window.extent / MAX_BINS)
-        num_bins = 2 ** math.ceil(np.clip(math.log2(size / fine), 12, math.log2(MAX_BINS)))
-    check("num_bins", num_bins, 16)
-    start = math.floor(window.low * num_bins / size - 0.01 * num_bins)
-    return _Grid(size / num_bins, start, num_bins, steps), window.tilt
-
-
-def _window(law: _Law, steps: int) -> _Window:
-    points = np.linspace(-REACH * law.noise, 1 + REACH * law.noise, 2001)
-    losses = _loss(points, law)
-    weights = -((points / law.noise) ** 2) / 2
-    weights -= logsumexp(weights)
-    center = np.exp(weights) @ losses
-    deviation = math.sqrt(np.exp(weights) @ (losses - center) ** 2)
-    tilts = np.logspace(-4, 3, 106) / deviation
-
-    def edges(log_weights: np.ndarray, sign: int) -> np.ndarray:
-        """Chernoff's bounds, one a tilt."""
-        tilted = log_weights + sign * tilts[:, None] * losses
-        return sign * (steps * logsumexp(tilted, axis=1) - math.log(TAIL)) / tilts
-
-    upper = edges(weights + losses - logsumexp(weights + losses), 1)
-    best = upper.argmin()
-    low = max(edges(weights, -1).max(), steps * losses[0])
-    high = min(upper[best], steps * losses[-1])
-    return _Window(low, high, math.sqrt(steps) * deviation, tilts[best], losses[-1] - losses[0])
-
-
-def _masses(points: np.ndarray, law: _Law) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of the bins between points, without and with the record; and the tails they are cut from."""
-
-    def bins(shift: float) -> tuple[np.ndarray, np.ndarray]:
-        scaled = (points - shift) / law.noise
-        below, above = ndtr(scaled), ndtr(-scaled)
-        right = scaled[:-1] > 0
-        mass = np.where(right, above[:-1] - above[1:], below[1:] - below[:-1])
-        return np.maximum(mass, 0.0), np.where(right, above[:-1], below[1:])
-
-    (absent, tail), (present, shifted) = bins(0.0), bins(1.0)
-    tails = (1 - law.rate) * tail + law.rate * shifted
-    return absent, (1 - law.rate) * absent + law.rate * present, np.stack((tail, tails))
-
-
-def _compose(masses: np.ndarray, first: int, grid: _Grid) -> np.ndarray:
-    """Law of the sum of independent steps on the window; what lies outside wraps around."""
-    padded = np.pad(masses, (0, -len(masses) % grid.size))
-    spectrum = np.fft.rfft(padded.reshape(-1, grid.size).sum(0))
-    summed = np.fft.irfft(spectrum**grid.steps, grid.size)
-    return np.maximum(np.roll(summed, grid.steps * first - grid.start), 0.0)
-
-
-def _first_and_last(law: _Law, grid: _Grid) -> tuple[int, int, bool]:
-    """Grid points around the losses of a step, and whether none is below the first."""
-    low, high = _loss(np.array([-REACH * law.noise, 1 + REACH * law.noise]), law)
-    infimum = math.log1p(-law.rate) if law.rate < 1 else -math.inf
-    bounded = infimum > low - grid.width
-    first = math.floor((infimum if bounded else low) / grid.width)
-    return first, math.ceil(high / grid.width), bounded
-
-
-def _lower(kappa: np.ndarray, law: _Law, grid: _Grid) -> np.ndarray:
-    first, last, _ = _first_and_last(law, grid)
-    points = _outcomes((np.arange(first, last + 2) - 0.5) * grid.width, law)
+def _lower(kappa: np.ndarray, law: Law, grid: Grid) -> np.ndarray:
+    first, last, _ = first_and_last(law, grid)
+    points = outcomes((np.arange(first, last + 2) - 0.5) * grid.width, law)
     points[0], points[-1] = -np.inf, np.inf
-    absent, present, tails = _masses(points, law)
+    absent, present, tails = bin_masses(points, law)
 
     def sums(masses: np.ndarray, tail: np.ndarray, sign: int) -> np.ndarray:
         """Of the tests from the strictest on, too large or too small by all that rounding can do."""
-        above = np.cumsum(_compose(masses, first, grid)[::-1])
-        above += sign * _roundoff(masses, CDF_ERROR * tail.sum(), grid)
+        above = np.cumsum(compose(masses, first, grid)[::-1])
+        above += sign * roundoff(masses, CDF_ERROR * tail.sum(), grid)
         return np.concatenate(([0.0], above.clip(0, 1), [1.0]))
 
     return np.interp(kappa, sums(absent, tails[0], 1), sums(present, tails[1], -1))
+
+
+def _one_test(kappa: np.ndarray, law: Law, steps: int) -> np.ndarray:
+    """Whether any outcome lies above 1/2, or a coin on either side of that: rounded down."""
+    with np.errstate(over="ignore", divide="ignore"):
+        wrong = ndtr(-0.5 / np.float64(law.noise))
+        size = -np.expm1(steps * np.log1p(-wrong))
+        power = -np.expm1(steps * np.log1p(-(law.rate * (1 - wrong) + (1 - law.rate) * wrong)))
+    reached = np.interp(kappa, [0.0, size, 1.0], [0.0, power, 1.0]) * (1 - 64 * EPS)
+    return np.where(kappa > 0, reached, 0.0)
 
 
 class _HockeySticks(NamedTuple):
@@ -281,23 +237,8 @@ class _HockeySticks(NamedTuple):
     shift: float
 
 
-def _hockey_sticks(law: _Law, grid: _Grid, tilt: float) -> _HockeySticks:
-    first, last, bounded = _first_and_last(law, grid)
-    losses = np.arange(first, last + 1) * grid.width
-    points = _outcomes(losses, law)
-    points[0] = -np.inf
-    absent, present, tails = _masses(points, law)
-    with np.errstate(divide="ignore"):
-        scaled, tail = np.exp(losses[:-1] + np.log(np.stack((absent, tails[0]))))
-    # Splits err upward, by all that the masses may be wrong: this moves the loss, and loses no mass.
-    error = CDF_ERROR * (tails[1] + tail)
-    split = (present - scaled + error) / -np.expm1(-grid.width)
-    split = np.minimum(np.maximum(split, 0.0), present)
-    if not bounded:
-        split[0] = present[0]  # as the bin has no lower end
-    masses = np.pad(present - split, (0, 1)) + np.pad(split, (1, 0))
-    summed = _compose(masses, first, grid)
-
+def _hockey_sticks(grid: Grid, step: Step, lost: float) -> _HockeySticks:
+    summed = compose(step.masses, step.first, grid)
     # The mass above every point, less the same discounted by the distance.
     decay = math.exp(-grid.width)
     above = np.append(np.cumsum(summed[:0:-1])[::-1], 0.0)
@@ -305,9 +246,9 @@ def _hockey_sticks(law: _Law, grid: _Grid, tilt: float) -> _HockeySticks:
     thresholds = (grid.start + np.arange(grid.size)) * grid.width
     with np.errstate(divide="ignore"):
         sizes = np.log(np.maximum(discounted, 0.0)) - thresholds
-    slack = _roundoff(masses, error.sum(), grid) + _lost(masses, first, grid, tilt)
-    shift = grid.steps * _misplaced(points, losses, law)
-    return _HockeySticks(thresholds, above - discounted, sizes, slack, shift)
+    cut = 1.01 * grid.steps * float(ndtr(-REACH))
+    slack = roundoff(step.masses, step.error, grid) + lost + cut
+    return _HockeySticks(thresholds, above - discounted, sizes, slack, grid.steps * step.misplaced)
 
 
 def _upper(kappa: np.ndarray, sticks: _HockeySticks) -> np.ndarray:
@@ -317,27 +258,3 @@ def _upper(kappa: np.ndarray, sticks: _HockeySticks) -> np.ndarray:
     with np.errstate(over="ignore"):
         bound = np.exp(sticks.thresholds[chosen] + log_kappa) + sticks.values[chosen]
     return bound + sticks.slack
-
-
-def _misplaced(points: np.ndarray, losses: np.ndarray, law: _Law) -> float:
-    """How far a point may be, in one step's loss, from where the grid has it: rounding of `_outcomes`."""
-    largest = (abs(points[np.isfinite(points)]).max() + 1) / law.noise**2 + abs(losses).max()
-    return 8 * EPS * (largest - math.log(law.rate) + 1)
-
-
-def _roundoff(masses: np.ndarray, error: float, grid: _Grid) -> float:
-    """By how much a sum over the composed masses may be off, those of a step being off by `error`."""
-    # In the spectrum's 2-norm, an FFT errs by at most a few epsilon a stage (Higham 2002, theorem 24.2).
-    stages = 16 * EPS * (math.log2(grid.size) + 2)
-    spectrum = stages * math.sqrt(grid.size) * math.sqrt(np.sum(masses**2))
-    return 1.01 * grid.steps * (2 * error + spectrum) + 4 * grid.size * EPS
-
-
-def _lost(masses: np.ndarray, first: int, grid: _Grid, tilt: float) -> float:
-    """Mass that was cut from a step's upper tail, or is above the window, where it wraps around."""
-    cut = 1.01 * grid.steps * ndtr(-REACH)
-    top = grid.start + grid.size
-    if grid.steps * (first + len(masses) - 1) < top:
-        return cut
-    tilted = np.log(masses.clip(1e-300)) + tilt * (first + np.arange(len(masses))) * grid.width
-    return cut + math.exp(min(grid.steps * logsumexp(tilted) - tilt * top * grid.width, 0.0))

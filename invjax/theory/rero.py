@@ -27,6 +27,9 @@ from scipy.special import ndtr, ndtri
 
 from invjax.defenses.checks import check
 
+NOWHERE = 1e300
+"""Exponent of an order at which a divergence is not finite."""
+
 
 def gamma_dp(kappa: ArrayLike, epsilon: ArrayLike, delta: ArrayLike = 0.0) -> np.ndarray:
     """(epsilon, delta)-DP: `kappa e^epsilon + delta` (Balle, Cherubin and Hayes 2022).
@@ -75,7 +78,8 @@ def gamma_rdp(
 
     Args:
       kappa: probability of the best blind guess.
-      divergence: `epsilon(alpha)`: a function, or its values at `orders`.
+      divergence: `epsilon(alpha)`: a function, or its values at `orders`; infinite or NaN says nothing
+        of that order.
       orders: `alpha`, each above 1; if not given, a function's best order is searched for.
 
     Returns:
@@ -124,7 +128,7 @@ def gamma_zcdp(kappa: ArrayLike, rho: ArrayLike) -> np.ndarray:
       ValueError: an argument out of range.
     """
     kappa, rho = _kappa(kappa), _within("rho", rho, 0.0)
-    gap = np.maximum(np.sqrt(-_log(kappa)) - np.sqrt(rho), 0.0)
+    gap = np.maximum(-_sum(-np.sqrt(-_log(kappa)), np.sqrt(rho)), 0.0)
     return _clip(np.exp(-(gap**2)), kappa)
 
 
@@ -165,7 +169,7 @@ def gamma_gaussian(kappa: ArrayLike, mu: ArrayLike) -> np.ndarray:
       0.389
     """
     kappa = _kappa(kappa)
-    return _clip(ndtr(ndtri(kappa) + _within("mu", mu, 0.0)), kappa)
+    return _clip(ndtr(_sum(ndtri(kappa), _within("mu", mu, 0.0))), kappa)
 
 
 def gamma_laplace(kappa: ArrayLike, epsilon: ArrayLike) -> np.ndarray:
@@ -185,7 +189,7 @@ def gamma_laplace(kappa: ArrayLike, epsilon: ArrayLike) -> np.ndarray:
     decay = np.exp(-epsilon)
     middle = 1 - decay / (4 * np.maximum(kappa, decay / 2 + 1e-300))
     upper = np.where(kappa <= 0.5, middle, 1 - decay * (1 - kappa))
-    return _clip(np.where(kappa < decay / 2, _grown(kappa, epsilon), upper), kappa)
+    return _clip(np.where(kappa <= decay / 2, _grown(kappa, epsilon), upper), kappa)
 
 
 def calibrate_epsilon(gamma: float, kappa: float, delta: float = 0.0) -> float:
@@ -200,11 +204,16 @@ def calibrate_epsilon(gamma: float, kappa: float, delta: float = 0.0) -> float:
       `log((gamma - delta) / kappa)`.
 
     Raises:
-      ValueError: `gamma - delta` below `kappa`, or a number that is no probability.
+      ValueError: `gamma - delta` below `kappa` by more than rounding, or a number that is no probability.
     """
     check("delta", delta, 0.0, 1.0)
-    _target(gamma, kappa, delta)
-    return math.log((gamma - delta) / kappa)
+    _target(gamma, kappa)
+    if gamma < (kappa + delta) * (1 - 1e-15):
+        raise ValueError(
+            f"gamma must be at least kappa + delta, {kappa + delta:.6g}, got {gamma}: no epsilon is "
+            "small enough."
+        )
+    return math.log(max((gamma - delta) / kappa, 1.0))
 
 
 def calibrate_rho(gamma: float, kappa: float) -> float:
@@ -319,15 +328,25 @@ def _best_order(kappa: float, divergence: Callable[[float], float]) -> float:
 
     # Convex in 1 / alpha, as (alpha - 1) epsilon(alpha) is convex in alpha.
     def exponent(inverse: float) -> float:
-        return (1 - inverse) * (divergence(1 / inverse) + log_kappa)
+        found = (1 - inverse) * (float(divergence(1 / inverse)) + log_kappa)
+        return found if math.isfinite(found) else NOWHERE
 
-    found = minimize_scalar(exponent, bounds=(1e-9, 1.0), method="bounded", options={"xatol": 1e-9})
-    return max(math.exp(min(found.fun, 0.0)), kappa)
+    # From the least inverse order at which it is finite: the search cannot tell a slope before that.
+    low, high = 1e-9, 1.0 - 1e-9
+    if exponent(low) == NOWHERE:
+        if exponent(high) == NOWHERE:
+            return 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if exponent(middle) == NOWHERE else (low, middle)
+        low = high
+    found = minimize_scalar(exponent, bounds=(low, 1.0), method="bounded", options={"xatol": 1e-9})
+    return max(math.exp(min(found.fun, exponent(low), 0.0)), kappa)
 
 
-def _target(gamma: float, kappa: float, delta: float = 0.0) -> None:
+def _target(gamma: float, kappa: float) -> None:
     check("kappa", kappa, 0.0, 1.0, open_low=True, open_high=True)
-    check("gamma", gamma, kappa + delta, 1.0, open_high=True)
+    check("gamma", gamma, kappa, 1.0, open_high=True)
 
 
 def _within(name: str, value: ArrayLike, low: float, high: float = math.inf) -> np.ndarray:
@@ -348,7 +367,12 @@ def _log(kappa: np.ndarray) -> np.ndarray:
 
 def _grown(kappa: np.ndarray, epsilon: np.ndarray) -> np.ndarray:
     """`kappa e^epsilon`, or 1 where it is more: the exponential may overflow."""
-    return np.exp(np.minimum(_log(kappa) + epsilon, 0.0))
+    return np.exp(np.minimum(_sum(_log(kappa), epsilon), 0.0))
+
+
+def _sum(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Minus infinity where one is: what cannot happen cannot grow, as in the limit of finite privacy."""
+    return np.where(first == -np.inf, -np.inf, np.where(first == -np.inf, 0.0, first) + second)
 
 
 def _clip(gamma: np.ndarray, kappa: np.ndarray) -> np.ndarray:

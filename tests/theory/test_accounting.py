@@ -8,6 +8,7 @@ from scipy.optimize import brentq
 from scipy.special import ndtr
 
 from invjax.defenses import privacy_spent
+from invjax.theory import accounting
 from invjax.theory.accounting import (
     ORDERS,
     mean_square_floor,
@@ -127,6 +128,39 @@ def test_noise_for_epsilon():
     assert delta == pytest.approx(1e-5, rel=1e-4)
 
 
+@pytest.mark.filterwarnings("error")
+def test_noise_for_a_large_epsilon():
+    """Beyond what an exponential holds; there is one full batch at most a deviation from half of mu^2."""
+    noise = noise_for_epsilon(1e6, 1e-5, 10, 10, 1)
+    assert 1 / (2 * noise**2) == pytest.approx(1e6, rel=0.01)
+    assert noise_for_epsilon(1.0, 1e-300, 10, 10, 1) > noise_for_epsilon(1.0, 1e-100, 10, 10, 1)
+    assert 0 < noise_for_epsilon(1.0, 0.5, 10, 10, 1) < 1
+
+
+def test_noise_for_epsilon_spends_it():
+    """At a delta below the fast accounting's round-off, where its guess is far off."""
+    noise = noise_for_epsilon(2.0, 1e-11, 100, 10, 5)
+    assert privacy_spent(noise, 100, 10, 5, 1e-11) == pytest.approx(2.0, rel=1e-3)
+
+
+def test_noise_for_epsilon_says_where_it_fails(monkeypatch):
+    with pytest.raises(ValueError, match=r"delta must lie below 0.01, got 0.1: .* without noise"):
+        noise_for_epsilon(1.0, 0.1, 1000, 10, 1)
+    with pytest.raises(ValueError, match="delta must lie below"):
+        same_epsilon(1.0, 0.1, 0.1, 1000, [(10, 1)])
+    for spent in (0.0, 1.5, math.inf):
+        monkeypatch.setattr(accounting, "privacy_spent", lambda *args, spent=spent: spent)
+        with pytest.raises(ValueError, match=f"it finds {spent:g}, after 30 corrections"):
+            noise_for_epsilon(1.0, 1e-3, 100, 10, 2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_order_two_of_extreme_noise():
+    assert renyi_two_replacement(1e200, 0.1, 5) == 0
+    assert renyi_two_replacement(1e-160, 0.1, 5) == math.inf
+    assert renyi_two_replacement(np.int64(2), 0.1, 5) == renyi_two_replacement(2.0, 0.1, 5)
+
+
 @pytest.mark.slow
 def test_the_same_epsilon_protects_differently():
     """Hayes et al. 2023: fewer expected participations at less noise leak fewer records."""
@@ -162,6 +196,8 @@ def test_sweep_at_one_epsilon():
         (lambda: renyi_epsilon(1.0, 0.1, 1, 0.0), "delta must lie in"),
         (lambda: renyi_two_replacement(1.0, 0.0, 1), "sampling_rate must lie in"),
         (lambda: renyi_two_replacement(1.0, 0.1, 1, "seen"), "inclusion must be one of"),
+        (lambda: renyi_two_replacement(1.0, 0.1, 1.5), "steps must be a whole number"),
+        (lambda: noise_for_epsilon(1.0, 1e-5, 10, 1, 1.5), "steps must be a whole number"),
         (lambda: mean_square_floor(-1.0), "renyi_two must be at least 0, got -1.0"),
         (lambda: mean_square_floor(1.0, 0.0), "diameter must lie in"),
         (lambda: noise_for_epsilon(0.0, 1e-5, 10, 10, 1), "epsilon must lie in"),

@@ -78,12 +78,14 @@ def test_pool(monkeypatch):
     ("call", "words"),
     [
         (lambda: kappa_uniform(0), "num_records must lie in"),
+        (lambda: kappa_uniform(1.5), "num_records must be a whole number, got 1.5"),
         (lambda: kappa_ball(-0.1, 3), "eta must be at least 0, got -0.1"),
         (lambda: kappa_ball(0.1, 0), "dimension must be at least 1, got 0"),
         (lambda: kappa_sphere(0.1, 3, 0.0), "radius must lie in"),
         (lambda: kappa_sphere(0.1, 3, guess="inside"), "guess must be one of"),
         (lambda: kappa_sphere(np.nan, 3), "eta must be at least 0, got nan"),
         (lambda: kappa_pool_heuristic(np.zeros((0, 2)), 0.1), "pool must hold records"),
+        (lambda: kappa_pool_heuristic(np.full((3, 2), np.nan), 0.1), "pool must hold finite"),
         (lambda: kappa_pool_heuristic(np.zeros((2, 2)), -1), "eta must lie in"),
     ],
 )

@@ -100,6 +100,44 @@ def test_revealed_reference_values():
     assert blowup(0.125, 1.0, 0.1, 100) == pytest.approx(0.518, abs=5e-4)
 
 
+@pytest.mark.filterwarnings("error")
+def test_revealed_inclusion_keeps_what_the_sum_leaves_out():
+    """Counts whose chance is below 1e-14 in all, which is much beside a tiny kappa."""
+    for rate in (1e-15, 1e-12):
+        power = 3 * rate * ndtr(10.0)  # a step took the record, and its outcome is above 1/2
+        assert revealed_blowup(1e-16, 0.05, rate, 3) >= power
+        assert revealed_blowup(1e-16, 1e-9, rate, 3) >= power
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("noise", "rate", "steps", "high"),
+    [(0.5, 1e-6, 10**6, 0.10146), (100.0, 1e-6, 10**6, 0.10003), (1e6, 0.01, 10**6, 0.10002)],
+)
+def test_hidden_inclusion_is_no_worse_than_revealed(noise, rate, steps, high):
+    bound = blowup(0.1, noise, rate, steps)
+    assert 0.1 <= bound <= min(revealed_blowup(0.1, noise, rate, steps), high)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("inclusion", ["hidden", "revealed"])
+def test_extreme_noise(inclusion):
+    kappa = np.array([0.0, 1e-300, 0.1, 1.0])
+    for noise in (1e-300, 1e-9, 1e-5, 1e-3):
+        never = 0.9**4
+        guessed = never * kappa if inclusion == "hidden" else np.minimum(never, kappa)
+        exact = np.where(kappa > 0, 1 - never + guessed, 0.0)
+        found = blowup(kappa, noise, 0.1, 4, inclusion=inclusion)
+        np.testing.assert_allclose(found, exact, rtol=1e-12)
+        assert blowup(0.1, noise, 1.0, 4, inclusion=inclusion) == 1
+    for noise in (1e15, 1e200, 1e308):
+        for rate in (0.1, 1.0):
+            found = blowup(kappa, noise, rate, 4, inclusion=inclusion)
+            np.testing.assert_allclose(found, kappa, rtol=1e-12)
+    two = [blowup(kappa, noise, 0.1, 4, inclusion=inclusion) for noise in (2.0, np.int64(2))]
+    np.testing.assert_array_equal(*two)
+
+
 SETTINGS = [(0.1, 1.0, 10), (0.01, 0.7, 500), (0.5, 5.0, 100), (0.99, 3.0, 20), (1e-4, 0.5, 3)]
 
 
@@ -145,6 +183,21 @@ def test_calibration_inverts_the_bound(gamma, rate, steps, inclusion):
     assert blowup(0.1, noise * 0.9999, rate, steps, inclusion=inclusion) > gamma
 
 
+def test_calibration_where_a_record_is_hardly_ever_taken():
+    """Expected once, at a noise that every step with it would make useless."""
+    noise = calibrate_noise_multiplier(0.1002, 0.1, 10**6, 1e-6)
+    assert 1 < noise < 1.2 and blowup(0.1, noise, 1e-6, 10**6) <= 0.1002
+
+
+def test_calibration_knows_what_revealed_inclusion_reaches():
+    """Without noise 0.29 where inclusion is revealed, and 0.271 where it is hidden."""
+    noise = calibrate_noise_multiplier(0.28, 0.1, 2, 0.1, "revealed")
+    assert 0.28 - 1e-5 < blowup(0.1, noise, 0.1, 2, inclusion="revealed") <= 0.28
+    for gamma, inclusion in ((0.28, "hidden"), (0.2901, "revealed")):
+        with pytest.raises(ValueError, match="not even reached without noise"):
+            calibrate_noise_multiplier(gamma, 0.1, 2, 0.1, inclusion)
+
+
 def test_calibration_close_to_the_blind_guess():
     """Where the certificate's own error is larger than the margin: full batches decide."""
     noise = calibrate_noise_multiplier(0.1 + 1e-8, 0.1, 9, 0.1)
@@ -158,6 +211,8 @@ def test_calibration_close_to_the_blind_guess():
         (lambda key: blowup(0.1, -1.0, 0.1, 2), "noise_multiplier must lie in"),
         (lambda key: blowup(0.1, 1.0, 0.1, 2, inclusion="seen"), "inclusion must be one of"),
         (lambda key: revealed_blowup(0.1, 1.0, 2.0, 2), "sampling_rate must lie in"),
+        (lambda key: blowup(0.1, 1.0, 1.0, 1.5), "steps must be a whole number, got 1.5"),
+        (lambda key: revealed_blowup(0.1, 1.0, 0.1, 1.5), "steps must be a whole number"),
         (lambda key: monte_carlo_blowup(key, 0.1, 1.0, 0.1, 0), "steps must lie in"),
         (lambda key: monte_carlo_blowup(key, 0.1, 1.0, 0.1, 2, 1), "num_samples must lie in"),
         (lambda key: calibrate_noise_multiplier(0.1, 0.1, 2), "gamma must lie in"),

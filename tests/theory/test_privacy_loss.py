@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.special import ndtr, ndtri
 
-from invjax.theory.privacy_loss import fft_blowup, fft_delta
+from invjax.theory import loss_grid, privacy_loss
+from invjax.theory.privacy_loss import ceiling, fft_blowup, fft_delta
 from invjax.theory.rero import gamma_gaussian
 
 # kappa, sampling rate, noise multiplier, steps, gamma
@@ -86,6 +87,82 @@ def test_both_sides_are_close(rate, noise, steps, gap):
     assert (lower <= upper).all() and (upper - lower < gap).all()
 
 
+@pytest.mark.parametrize(
+    ("noise", "low", "high", "delta"),
+    [(0.5, 0.10119, 0.10146, 6.9e-5), (100, 0.1, 0.10003, 5e-6), (1e4, 0.1, 0.10001, 5e-6)],
+)
+def test_a_record_that_is_hardly_ever_taken(noise, low, high, delta):
+    """A single large loss decides, or bins are wide beside a step's loss."""
+    lower, upper = both(0.1, 1e-6, noise, 10**6)
+    assert low <= lower + 1e-9 and lower <= upper <= high
+    assert fft_delta(0.04, noise, 1e-6, 10**6) <= delta
+
+
+@pytest.mark.parametrize("rate", [1e-300, 1e-16, 0.1, 1.0])
+@pytest.mark.parametrize("noise", [1e-200, 1e-10, 1e-4, 0.02, 1e15, 1e200, np.int64(2)])
+@pytest.mark.filterwarnings("error")
+def test_extreme_settings(rate, noise):
+    kappa = np.array([0.0, 1e-3, 0.1, 0.9, 1.0])
+    lower, upper = both(kappa, rate, noise, 4)
+    assert (kappa <= lower).all() and (lower <= upper).all() and (upper <= 1).all()
+    assert 0 <= fft_delta(0.1, noise, rate, 4) <= 1
+    if noise < 0.1:
+        exact = (1 - (1 - rate) ** 4 * (1 - kappa))[1:]
+        np.testing.assert_allclose([lower[1:], upper[1:]], [exact, exact], rtol=1e-12)
+    if noise > 1e10:
+        np.testing.assert_allclose([lower, upper], [kappa, kappa], atol=1e-14)
+
+
+def test_the_ceiling_holds():
+    kappa = np.linspace(0, 1, 21)
+    for rate, noise, steps in ((0.3, 0.7, 1), (0.9, 20, 1), (1, 30, 4), (1, 0.1, 2), (0.01, 3, 1)):
+        assert (ceiling(kappa, noise, rate, steps) >= closed_form(kappa, rate, noise, steps)).all()
+    assert ceiling(0.1, 1e-9, 0.2, 3) == pytest.approx(1 - 0.8**3 * 0.9)
+    assert ceiling(0.1, 30.0, 1e-3, 3) == pytest.approx(0.1 + 3e-3 * (2 * ndtr(1 / 60) - 1))
+    assert ceiling(0.1, 30.0, 1.0, 4) == pytest.approx(0.1 + 2 * ndtr(1 / 30) - 1)
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0, 3.0])
+def test_certificate_holds_at_a_tiny_kappa(noise):
+    kappa = np.logspace(-15, -10, 11)
+    assert (fft_blowup(kappa, noise, 0.3, 1) >= closed_form(kappa, 0.3, noise, 1)).all()
+
+
+def test_what_may_be_off_is_added_to_delta(monkeypatch):
+    epsilon = np.array([0.1, 0.5])
+    delta = [fft_delta(shifted, 1.0, 0.3, 2) for shifted in (epsilon, epsilon - 0.05)]
+    sticks = privacy_loss._hockey_sticks
+
+    def changed(**changes):
+        monkeypatch.setattr(
+            privacy_loss, "_hockey_sticks", lambda *args: sticks(*args)._replace(**changes)
+        )
+        return fft_delta(epsilon, 1.0, 0.3, 2)
+
+    np.testing.assert_allclose(changed(slack=0.01) - delta[0], 0.01, atol=1e-9)
+    np.testing.assert_allclose(changed(shift=0.05), delta[1], atol=1e-9)
+
+
+def test_what_may_be_off_is_added():
+    """Of a loss that is misplaced, and of mass that is lost."""
+    law = loss_grid.Law(1.0, 0.3)
+    grid = loss_grid.make_grid(loss_grid.make_window(law, 2), 2, None)
+    step = loss_grid.split_step(law, grid)
+    sticks = privacy_loss._hockey_sticks(grid, step, 0.125)
+    assert 0 < step.misplaced < 1e-12 and 0 < step.error < 1e-8
+    kappa = np.array([1e-3, 0.1])
+    certified = privacy_loss._upper(kappa, sticks)
+    none = privacy_loss._upper(kappa, privacy_loss._hockey_sticks(grid, step, 0.0))
+    np.testing.assert_allclose(certified - none, 0.125, rtol=1e-12)
+    moved = privacy_loss._upper(kappa, sticks._replace(shift=0.01))
+    np.testing.assert_allclose(moved, privacy_loss._upper(kappa * np.exp(0.01), sticks), atol=1e-6)
+    assert (moved > certified).all()
+    # Every bin's error is at least that of the tails it is cut from.
+    points = np.linspace(-2.0, 3.0, 11)
+    tails = loss_grid.bin_masses(points, law)[2]
+    assert (tails[1] >= 0.3 * tails[0]).all() and (tails > 0).all()
+
+
 def test_coarse_certificates_stay_above_fine_ones():
     kappa = np.linspace(0.01, 0.9, 20)
     truth = both(kappa, 0.1, 1, 50)
@@ -137,6 +214,12 @@ def test_delta_of_full_batches():
     found = fft_delta(epsilon, 8, 1, 20)
     assert (found >= exact).all() and (found - exact < 2e-6).all()
     assert gamma_gaussian(0.1, mu) <= (np.exp(epsilon) * 0.1 + found).min()
+    mu = math.sqrt(1e5) / 300
+    exact = ndtr(mu / 2 - epsilon / mu) - np.exp(epsilon) * ndtr(-mu / 2 - epsilon / mu)
+    found = fft_delta(epsilon, 300, 1, 10**5)
+    assert (found >= exact).all() and (found - exact < 1e-4).all()
+    assert fft_delta(1e6, 300, 1, 10**5) < 1e-4
+    assert fft_delta(1e4, 1e-3, 0.1, 10**4) == pytest.approx(1)  # in bins wider than 700
 
 
 @pytest.mark.parametrize(
@@ -148,7 +231,10 @@ def test_delta_of_full_batches():
         (lambda: fft_blowup(0.1, 1, 0.0, 1), "sampling_rate must lie in"),
         (lambda: fft_blowup(0.1, 1, 1.1, 1), "sampling_rate must lie in"),
         (lambda: fft_blowup(0.1, 1, 0.1, 0), "steps must lie in"),
+        (lambda: fft_blowup(0.1, 1, 0.1, 1.5), "steps must be a whole number, got 1.5"),
+        (lambda: fft_blowup(0.1, 1, 0.1, math.inf), "steps must lie in"),
         (lambda: fft_blowup(0.1, 1, 0.1, 1, num_bins=2), "num_bins must lie in"),
+        (lambda: fft_blowup(0.1, 1e-9, 0.1, 1, num_bins=2), "num_bins must lie in"),
         (lambda: fft_delta(-1.0, 1, 0.1, 1), "epsilon must be at least 0"),
     ],
 )

@@ -90,6 +90,26 @@ def test_renyi_is_vectorised_and_skips_what_is_infinite():
     np.testing.assert_allclose(found, gamma_zcdp(kappa, 0.5), atol=1e-8)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["dp", "approximate dp", "zcdp", "gaussian", "laplace"])
+def test_no_privacy_at_all(name):
+    """What cannot happen cannot grow, but by delta; all else can, to 1."""
+    found = BOUNDS[name](np.array([0.0, 1e-300, 0.1, 1.0]), math.inf)
+    none = 1e-3 if name == "approximate dp" else 0.0
+    np.testing.assert_array_equal(found, [none, 1, 1, 1])
+    assert BOUNDS[name](0.0, math.inf) == none
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_renyi_by_a_function_that_is_not_finite_everywhere(value):
+    """The best order is found where it is; here that is the largest one."""
+    for last in (1.05, 2.0):
+        found = gamma_rdp(0.1, lambda alpha, last=last: 0.1 * alpha if alpha <= last else value)
+        assert found == pytest.approx((0.1 * math.exp(0.1 * last)) ** (1 - 1 / last), rel=1e-6)
+    assert gamma_rdp(0.1, lambda alpha: value) == 1
+
+
 def test_order_of_the_bounds():
     """Exact for Gaussian noise, then zCDP, then 1; and exact for randomised response."""
     kappa = KAPPA[1:-1]
@@ -143,6 +163,15 @@ def test_calibrations_invert_their_bounds(kappa, share):
     assert gamma_dp(kappa, epsilon, delta) == pytest.approx(gamma, rel=1e-9)
     assert gamma_zcdp(kappa, calibrate_rho(gamma, kappa)) == pytest.approx(gamma, rel=1e-9)
     assert gamma_gaussian(kappa, calibrate_mu(gamma, kappa)) == pytest.approx(gamma, rel=1e-9)
+
+
+def test_calibration_at_its_end():
+    """A delta that leaves no epsilon, but for rounding."""
+    assert calibrate_epsilon(0.3, 0.1, 0.2) == 0 == calibrate_epsilon(0.1, 0.1)
+    for gamma, kappa, delta in ((0.29999, 0.1, 0.2), (0.95, 0.9, 0.2)):
+        words = f"gamma must be at least kappa [+] delta, {kappa + delta:g}, got {gamma}"
+        with pytest.raises(ValueError, match=words):
+            calibrate_epsilon(gamma, kappa, delta)
 
 
 def test_randomized_response():
@@ -202,7 +231,7 @@ def test_orthogonal_shifts_of_the_replica():
         (lambda: gamma_rdp(0.1, [1.0], [1.0]), "orders must lie above 1, got 1.0"),
         (lambda: gamma_rdp(0.1, [1.0], [2.0, 3.0]), "a value for every order"),
         (lambda: calibrate_epsilon(0.05, 0.1), "gamma must lie in"),
-        (lambda: calibrate_epsilon(0.2, 0.1, 0.15), "gamma must lie in"),
+        (lambda: calibrate_epsilon(0.2, 0.1, 0.15), "gamma must be at least kappa"),
         (lambda: calibrate_rho(1.0, 0.1), "gamma must lie in"),
         (lambda: calibrate_mu(0.5, 0.0), "kappa must lie in"),
         (lambda: attained_by_simplex(1, 1.0), "num_records must lie in"),

@@ -48,10 +48,13 @@ def prior_aware(
     * `hidden`: the same where the adversary is not told when the target took part:
       `sum_t log(1 - q + q exp(l_t))`, or of shuffled batches the logarithm of the epoch's mean
       `exp(l_t)`, summed over epochs;
-    * `epoch_max`: the largest `<r_t, g_t>` of every epoch, summed, as published for `q < 1`.
+    * `epoch_max`: the largest `<r_t, g_t>` of every epoch, summed, as published for `q < 1`; nothing
+      for an epoch in none of whose steps the target is known to have been.
 
     The last two departures from `dot` are not published; they use that clipping is seldom tight and
     that most steps of a sampled run are noise alone.
+
+    An eager call compiles anew every time: wrap what is called again in `jax.jit`.
 
     Args:
       model: the model.
@@ -71,7 +74,8 @@ def prior_aware(
 
     Raises:
       ValueError: a setting out of range, a likelihood without noise, `hidden` on a release that
-        reveals the target's steps, or candidates unlike the known records.
+        reveals the target's steps, candidates unlike the known records, or a run or known records
+        that are not the release's (their number is known where it holds `known_members`).
       TypeError: candidates that are not floats.
     """
     choose("score", score, get_args(Score))
@@ -113,10 +117,13 @@ class Products(NamedTuple):
     Attributes:
       inner: `[T, m]`, `<r_t, g_t>` of every candidate.
       squared: `[T, m]`, `|g_t|^2`.
+      included: `[T]` the release's: whether the target was in a step, where that is revealed, else
+        `None`.
     """
 
     inner: Array
     squared: Array
+    included: Array | None = None
 
 
 def products(
@@ -144,8 +151,9 @@ def products(
       The products.
 
     Raises:
-      ValueError: a setting out of range.
+      ValueError: a setting out of range, or a run or known records that are not the release's.
     """
+    _check_release(released, known, run)
     left = residuals(
         model,
         released,
@@ -165,7 +173,8 @@ def products(
     found = jax.lax.map(step, (released.params, left))
     if released.included is None:
         return found
-    return Products(*(part * released.included[:, None] for part in found))
+    inner, squared = (part * released.included[:, None] for part in found[:2])
+    return Products(inner, squared, released.included)
 
 
 def scores(found: Products, run: Run, score: Score) -> Array:
@@ -183,15 +192,18 @@ def scores(found: Products, run: Run, score: Score) -> Array:
       ValueError: an unknown score.
     """
     choose("score", score, get_args(Score))
-    inner, squared = found
+    inner, squared, included = found
     if score == "dot":
         return inner.sum(axis=0)
     epoch = steps_per_epoch(run)
     if score == "epoch_max":
-        whole = len(inner) // epoch * epoch
-        by_epoch = inner[:whole].reshape(-1, epoch, inner.shape[1]).max(axis=1).sum(axis=0)
+        taken = jnp.ones(len(inner), bool) if included is None else included.astype(bool)
         # Poisson sampling may stop within an epoch.
-        return by_epoch + (inner[whole:].max(axis=0) if whole < len(inner) else 0.0)
+        rest = -len(inner) % epoch
+        taken = jnp.pad(taken, (0, rest)).reshape(-1, epoch, 1)
+        by_epoch = jnp.pad(inner, ((0, rest), (0, 0))).reshape(-1, epoch, inner.shape[1])
+        largest = jnp.where(taken, by_epoch, -jnp.inf).max(axis=1)
+        return jnp.where(taken.any(axis=1), largest, 0.0).sum(axis=0)
     ratio = (inner - squared / 2) / (run.noise_multiplier * run.clip_norm) ** 2
     if score == "likelihood_ratio" or run.sampling_rate == 1:
         return ratio.sum(axis=0)
@@ -254,6 +266,8 @@ def invert(
     together, once a class; the label is that of the least objective (Hayes et al. 2023, the
     gradient-based attack).
 
+    An eager call compiles anew every time: wrap what is called again in `jax.jit`.
+
     Args:
       key: of the starts.
       model: the model.
@@ -272,8 +286,10 @@ def invert(
       `inputs [K, ...]`.
 
     Raises:
-      ValueError: a setting out of range.
+      ValueError: a setting out of range, or a run or known records that are not the release's (their
+        number is known where it holds `known_members`).
     """
+    _check_release(released, known, run)
     goal = alignment() if objective is None else objective
     classes = max(model.num_classes, 2)
     left = residuals(model, released, known, run)
@@ -328,3 +344,17 @@ def invert(
         objective=values[best],
         diagnostics={"objectives": values, "inputs": found.inputs[:, 0]},
     )
+
+
+def _check_release(released: Release, known: Batch, run: Run) -> None:
+    """Refuse a run and known records that are not those of a release, as far as its shapes tell."""
+    steps = jax.tree.leaves(released.params)[0].shape[0]
+    if run.num_steps != steps:
+        raise ValueError(f"run.num_steps must be the release's {steps} steps, got {run.num_steps}.")
+    if released.known_members is None:
+        return
+    count = released.known_members.shape[1]
+    if known.labels.shape[0] != count:
+        raise ValueError(
+            f"known must be the {count} records of the release, got {known.labels.shape[0]}."
+        )

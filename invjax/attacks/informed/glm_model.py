@@ -176,10 +176,11 @@ def fit(
     """Train a victim to the optimum, by Newton's method with step halving, until rounding ends it.
 
     The attack divides by residuals that may be tiny, so anything short of the optimum shows
-    (`reconstruct`). Float64 on the host; in the given types under `jit` and `vmap`.
+    (`reconstruct`). Float64 on the host; in the given types under `jit` and `vmap`, integers as JAX's
+    default float.
 
     Args:
-      batch: inputs `[n, ...]`, flattened; labels `[n]`.
+      batch: inputs `[n, ...]`, flattened, floats or integers; labels `[n]`.
       family: of the model.
       penalty: of the squared weights, as `Glm` has it.
       intercept_penalty: of the squared intercept.
@@ -204,6 +205,8 @@ def fit(
     check_labels(family, batch, num_classes)
     width = int(num_classes) if family == "softmax" and num_classes is not None else 1
     inputs = jnp.asarray(batch.inputs).reshape(len(batch.inputs), -1)
+    if not jnp.issubdtype(inputs.dtype, jnp.floating):
+        inputs = inputs.astype(float)
     penalties = jnp.full((inputs.shape[1], 1), penalty, inputs.dtype)
     if intercept:
         inputs = jnp.concatenate([jnp.ones((len(inputs), 1), inputs.dtype), inputs], axis=1)

@@ -240,7 +240,8 @@ def kkt(
 
     With `m` images and multipliers it minimises::
 
-        |theta - (1/m) combination|^2 + sum relu(x - high)^2 + relu(low - x)^2 + 5 sum relu(l_min - l)
+        |theta - (1/m) combination|^2
+            + sum relu(x - high)^2 + relu(low - x)^2 + 5 sum relu(l_min - l)^2
 
     over both, without the last term in the variant `decay`. The number of training samples is not
     known: `m` is published as twice it. The published numbers are a random search's, a setting for
@@ -297,7 +298,7 @@ def kkt(
         value += jnp.sum(jnp.square(outside))
         if variant == "decay":
             return value
-        return value + 5 * jnp.sum(jax.nn.relu(least_multiplier - multipliers))
+        return value + 5 * jnp.sum(jnp.square(jax.nn.relu(least_multiplier - multipliers)))
 
     def fixed_labels(observation: Observation) -> Array:
         if observation.labels is not None:

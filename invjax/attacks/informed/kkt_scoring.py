@@ -17,9 +17,11 @@ class Match(NamedTuple):
     """What the candidates hold of `n` images.
 
     Attributes:
-      images: `[n, H, W, C]` the average of each one's nearest candidates, scaled to [0, 1].
+      images: `[n, H, W, C]` the average of each one's nearest candidates, scaled to [0, 1]; zeros where
+        no candidate counts.
       votes: `[n]` how many were averaged.
-      ncc: `[n]` the largest normalised cross-correlation with any candidate, at full resolution.
+      ncc: `[n]` the largest normalised cross-correlation with any candidate, at full resolution; -1
+        where none counts.
       ssim: `[n]` of `images`; above 0.4 an image is customarily called well reconstructed.
       best_dssim: the mean of `(1 - ssim) / 2` over the ten best, the published figure of merit.
     """
@@ -50,6 +52,7 @@ def score(candidates: Array, training: Array, unseen: Array, mean: Array | float
     average of those within 1.1 times the least distance, plus the mean, scaled to [0, 1], and its
     SSIM (Haim et al. 2022). Departure: `training` is always reported beside `unseen`, because the
     attack's loss has minima at wrong images and the best of many candidates resembles anything a bit.
+    Candidates that are not finite do not count.
 
     Args:
       candidates: `[m, H, W, C]`, as the network takes them.
@@ -86,15 +89,21 @@ def correlation(first: Array, second: Array) -> Array:
       `[n, m]` in [-1, 1]; 0 with an image that is constant.
     """
     a, b = (_standardized(images) for images in (first, second))
-    return jnp.einsum("npc,mpc->nm", a, b, precision="highest") / first.shape[-1]
+    found = jnp.einsum("npc,mpc->nm", a, b, precision="highest") / first.shape[-1]
+    # Rounding goes beyond.
+    return jnp.clip(found, -1, 1)
 
 
 def _standardized(images: Array) -> Array:
-    """`[n, pixels, C]`, every channel of norm 1 and mean 0."""
+    """`[n, pixels, C]`, every channel of norm 1 and mean 0; zeros where it is constant."""
     flat = images.reshape(images.shape[0], -1, images.shape[-1])
+    # What is left of a constant is rounding, of the mean and of an interpolation.
+    rounding = 10 * jnp.finfo(flat.dtype).eps * jnp.linalg.norm(flat, axis=1, keepdims=True)
+    flat = flat - flat[:, :1]
     flat = flat - flat.mean(axis=1, keepdims=True)
     norm = jnp.linalg.norm(flat, axis=1, keepdims=True)
-    return flat / jnp.where(norm > 0, norm, 1.0)
+    constant = norm <= rounding
+    return jnp.where(constant, 0.0, flat / jnp.where(constant, 1.0, norm))
 
 
 def _half(images: Array) -> Array:
@@ -105,19 +114,27 @@ def _half(images: Array) -> Array:
 
 @jax.jit
 def _match(candidates: Array, images: Array, mean: Array) -> Match:
-    distance = 1 - correlation(_half(images), _half(candidates))
-    distance = jnp.where(jnp.isnan(distance), jnp.inf, distance)
-    near = distance <= NEAR * distance.min(axis=1, keepdims=True)
-    share = near / near.sum(axis=1, keepdims=True)
+    finite = jnp.isfinite(candidates).all(axis=(1, 2, 3))
+    candidates = jnp.where(finite[:, None, None, None], candidates, 0.0)
+
+    def of_finite(found):
+        # So large a candidate that its norm overflows has none either.
+        return jnp.where(finite[None] & ~jnp.isnan(found), found, -jnp.inf)
+
+    distance = 1 - of_finite(correlation(_half(images), _half(candidates)))
+    near = (distance <= NEAR * distance.min(axis=1, keepdims=True)) & jnp.isfinite(distance)
+    votes = near.sum(axis=1, keepdims=True)
+    share = near / jnp.maximum(votes, 1)
     voted = jnp.einsum("nm,mhwc->nhwc", share, candidates, precision="highest") + mean[None]
     low = voted.min(axis=(1, 2, 3), keepdims=True)
     spread = voted.max(axis=(1, 2, 3), keepdims=True) - low
     voted = (voted - low) / jnp.where(spread > 0, spread, 1.0)
+    voted = jnp.where(votes[:, :, None, None] > 0, voted, 0.0)
     similar = metrics.ssim(voted, images + mean[None], data_range=1.0)
     return Match(
         images=voted,
-        votes=near.sum(axis=1),
-        ncc=correlation(images, candidates).max(axis=1),
+        votes=votes[:, 0],
+        ncc=jnp.maximum(of_finite(correlation(images, candidates)).max(axis=1), -1),
         ssim=similar,
         best_dssim=jnp.sort((1 - similar) / 2)[:10].mean(),
     )

@@ -12,6 +12,7 @@ from scipy import special, stats
 
 from invjax import datasets, driver, models
 from invjax.attacks.informed.dpsgd import (
+    Products,
     alignment,
     invert,
     negative_log_likelihood,
@@ -193,6 +194,36 @@ def test_scores_are_likelihoods(name):
         assert found.labels[0] == PRIOR.labels[best] and found.found[0]
 
 
+@pytest.mark.parametrize("told", [None, (1, 0, 1, 0, 0, 0, 1), (0, 1, 0, 1, 1, 1, 0)])
+def test_epoch_max_is_of_the_steps_that_the_target_took(told):
+    """Of a Poisson run that stops within its third epoch; all products are negative."""
+    inner = -np.random.default_rng(0).uniform(1.0, 2.0, (7, 4))
+    included = None if told is None else jnp.array(told, bool)
+    run = FULL._replace(num_steps=7, sampling_rate=1 / 3)
+    steps = np.ones(7) if told is None else np.array(told)
+    expected = np.zeros(4)
+    for epoch in (slice(0, 3), slice(3, 6), slice(6, 7)):
+        mine = inner[epoch][steps[epoch] == 1]
+        expected += mine.max(axis=0) if len(mine) else 0.0
+    found = scores(Products(jnp.asarray(inner), jnp.ones((7, 4)), included), run, "epoch_max")
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_epoch_max_of_a_release_that_reveals_the_steps():
+    """Records without a signal: inner products of either sign, zeros where masked."""
+    run = RUNS["shuffled"]
+    seen, left = released("shuffled")(KEY, 2.0)
+
+    @jax.jit
+    def attack(seen):
+        return prior_aware(MODEL, seen, KNOWN, PRIOR, run, score="epoch_max").diagnostics["scores"]
+
+    taken = np.stack([clipped(at(seen.params, step), PRIOR) for step in range(4)])
+    inner = np.einsum("tp,tmp->tm", flat(left), taken)[np.asarray(seen.included)]
+    assert inner.shape == (2, 4) and (inner < 0).any()
+    np.testing.assert_allclose(attack(seen), inner.sum(axis=0), rtol=2e-3, atol=2e-4)
+
+
 def test_scales_and_deduction():
     seen, _ = released("full")(KEY, 0.0)
     flags = [{"deduct_known": a, "rescale_by_batch_size": b} for a in (1, 0) for b in (1, 0)]
@@ -226,6 +257,47 @@ def test_the_optimisation_attack_finds_input_and_label():
     assert found.labels == target.labels and found.found.all()
     objectives = np.sort(found.diagnostics["objectives"])
     assert objectives.shape == (3,) and found.objective == objectives[0] < objectives[1]
+
+
+def test_the_optimisation_attack_counts_the_steps_that_are_told():
+    """And passes over a class whose objective is not finite, here the first."""
+    rng = np.random.default_rng(0)
+    params, noisy = (rng.standard_normal((4, 5, 3)).astype(np.float32) for _ in range(2))
+    members, told = rng.integers(0, 2, (4, 7)), np.array([1, 0, 0, 1])
+    linear = from_apply(lambda params, inputs: inputs @ params, None, 3)
+    run = RUNS["poisson"]
+
+    def taken(inputs, label, step):
+        slope = np.outer(inputs, special.softmax(inputs @ params[step]) - np.eye(3)[label])
+        return slope * min(1.0, run.clip_norm / np.linalg.norm(slope))
+
+    left = 4 * noisy.astype(float)
+    for step, one in itertools.product(range(4), range(7)):
+        if members[step, one]:
+            left[step] -= taken(np.asarray(KNOWN.inputs[one]), int(KNOWN.labels[one]), step)
+
+    def objective(candidate, residual):
+        # Inputs are positive; only the label's own logit has a gradient of the other sign.
+        first = jnp.sum(candidate[..., 0]) < 0
+        return jnp.where(first, jnp.nan, alignment()(candidate, residual))
+
+    @jax.jit
+    def go(key, seen):
+        return invert(key, linear, seen, KNOWN, run, num_steps=2, objective=objective)
+
+    seen = Release(params, noisy, members.astype(bool), told.astype(bool), params[0])
+    found = go(KEY, jax.tree.map(jnp.asarray, seen))
+    values = found.diagnostics["objectives"]
+    assert values[0] == np.inf and found.found.all()
+    for label in (1, 2):
+        record = np.asarray(found.diagnostics["inputs"][label])
+        parts = [taken(record, label, step) for step in (0, 3)]
+        expected = [
+            np.abs(part - left[step]).sum() - np.sum(part * left[step])
+            for part, step in zip(parts, (0, 3), strict=True)
+        ]
+        np.testing.assert_allclose(values[label], sum(expected), rtol=1e-4)
+    assert found.labels == np.argmin(values) and found.objective == np.min(values)
 
 
 def test_objectives():
@@ -304,6 +376,19 @@ def test_refuses_what_does_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             prior_aware(MODEL, seen, KNOWN, PRIOR, run, **options)
+    seen, _ = released("poisson")(KEY, 0.8)
+    run, fewer = RUNS["poisson"], jax.tree.map(lambda leaf: leaf[:5], KNOWN)
+    longer = run._replace(num_steps=5)
+    for known, other, message in (
+        (KNOWN, longer, r"run\.num_steps must be the release's 4 steps, got 5"),
+        (fewer, run, "known must be the 7 records of the release, got 5"),
+    ):
+        for attack in (
+            lambda known, run: prior_aware(MODEL, seen, known, PRIOR, run),
+            lambda known, run: invert(KEY, MODEL, seen, known, run),
+        ):
+            with pytest.raises(ValueError, match=message):
+                attack(known, other)
     with pytest.raises(ValueError, match="candidates"):
         other = PRIOR._replace(inputs=PRIOR.inputs[:, :4])
         prior_aware(MODEL, seen, KNOWN, other, FULL)

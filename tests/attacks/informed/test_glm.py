@@ -145,6 +145,26 @@ class TestFit:
         theirs = linear_model.PoissonRegressor(**settings).fit(*counts)
         np.testing.assert_allclose(poisson.weight, theirs.coef_, atol=1e-7)
 
+    @pytest.mark.parametrize("dtype", [np.int64, np.uint8])
+    def test_integers_are_taken_as_floats(self, dtype):
+        """Pixels as they are stored: up to 255, whose squares are beyond `uint8`."""
+        inputs = np.random.default_rng(0).integers(0, 256, (30, 4))
+        whole = Batch(inputs.astype(dtype), (inputs[:, 0] > 127).astype(int))
+        data = whole._replace(inputs=inputs.astype(float))
+        model, same = (glm.fit(batch, "logistic", penalty=0.5) for batch in (data, whole))
+        assert same.weight.dtype == np.float64
+        np.testing.assert_array_equal(same.weight, model.weight)
+        found, expected = (
+            glm.reconstruct(model, Batch(batch.inputs[1:], batch.labels[1:]))
+            for batch in (whole, data)
+        )
+        np.testing.assert_allclose(found.inputs, expected.inputs, rtol=1e-12)
+        traced = jax.eval_shape(
+            lambda inputs: glm.fit(whole._replace(inputs=inputs), "logistic", penalty=0.5),
+            jnp.asarray(whole.inputs),
+        )
+        assert traced.weight.dtype == jnp.float32
+
     def test_under_jit_and_vmap_it_takes_the_given_type(self, pair):
         inputs = jnp.asarray(pair.inputs[:60].reshape(2, 30, 64), jnp.float32)
         labels = jnp.asarray(pair.labels[:60].reshape(2, 30))

@@ -220,8 +220,13 @@ def test_loss_is_the_published_one_and_falls(variant, classes, optimizer):
         alpha=20.0,
     )
     seen = observation(params, classes=classes)
-    run = jax.jit(lambda key: (attack.init(key, seen), attack(key, seen)))
-    start, result = run(KEY)
+
+    @jax.jit
+    def run(key):
+        start = attack.init(key, seen)
+        return start, attack.result(seen, start), attack(key, seen)
+
+    start, at_start, result = run(KEY)
     inputs, multipliers = start.variables["inputs"], start.variables["multipliers"]
     labels = np.arange(6) % max(classes, 2)
     np.testing.assert_array_equal(start.labels, labels)
@@ -231,9 +236,12 @@ def test_loss_is_the_published_one_and_falls(variant, classes, optimizer):
     expected = sum(jax.tree.leaves(apart)) + np.sum(np.maximum(np.abs(x) - 1, 0) ** 2)
     assert (np.abs(x) > 1).any()
     if variant != "decay":
-        expected += 5 * np.maximum(0.3 - low, 0).sum()
-        assert (low < 0.3).any()
+        expected += 5 * np.sum(np.maximum(0.3 - low, 0) ** 2)
+        assert (low < 0.3).any() and low.min() >= 0 and low.max() < 1
     np.testing.assert_allclose(start.value, expected, rtol=1e-5)
+    # Of the sum, not of the mean over images that the loss has.
+    np.testing.assert_allclose(at_start.diagnostics["multipliers"], low / 6, rtol=1e-6)
+    np.testing.assert_allclose(at_start.diagnostics["loss"], start.value, rtol=1e-6)
     assert result.inputs.shape == (6, 5) and result.found.all()
     assert result.objective < 0.8 * start.value
     if variant == "decay":
@@ -297,7 +305,14 @@ class TestScore:
         found = kkt_scoring.correlation(self.TRAINING, self.UNSEEN)
         a, b = (np.asarray(x).reshape(6, -1) for x in (self.TRAINING, self.UNSEEN))
         np.testing.assert_allclose(found, np.corrcoef(a, b)[:6, 6:], atol=1e-5)
-        assert kkt_scoring.correlation(self.TRAINING, jnp.ones((1, 8, 8, 1))).max() == 0
+
+    def test_constant_images_correlate_with_nothing(self):
+        levels = jnp.linspace(-0.95, 0.95, 39)[:, None, None, None] * jnp.ones((1, 8, 8, 1))
+        assert not kkt_scoring.correlation(self.TRAINING, levels).any()
+        assert not kkt_scoring.correlation(levels, levels).any()
+        # Nor where rounding, as of an interpolation, leaves them not quite constant.
+        rough = levels * (1 + 2e-7 * jax.random.rademacher(KEY, levels.shape))
+        assert not kkt_scoring.correlation(self.TRAINING, rough).any()
 
     def test_near_candidates_vote(self):
         twice = jnp.concatenate([self.TRAINING[:1]] * 2 + [self.UNSEEN[:1]])
@@ -307,6 +322,56 @@ class TestScore:
         np.testing.assert_allclose(report.training.ssim, 1.0, atol=1e-2)
         alone = kkt_scoring.score(blurred[:1], self.TRAINING[:1], self.UNSEEN[:1])
         assert alone.training.ssim[0] < 0.98
+
+    def test_near_is_within_a_tenth_of_the_least_distance(self):
+        # An orthonormal basis, of mean 0, of images at half resolution, and what has them there.
+        draws = np.random.default_rng(0).standard_normal((16, 5))
+        basis = np.linalg.qr(np.concatenate([np.ones((16, 1)), draws], axis=1))[0][:, 1:].T
+        pixels = jnp.eye(64).reshape(64, 8, 8, 1)
+        half = jax.image.resize(pixels, (64, 4, 4, 1), "cubic", antialias=False)
+        lifted = basis @ np.linalg.pinv(np.asarray(half).reshape(64, 16))
+        distance = np.array([0.02, 0.0215, 0.025])
+        cosine = (1 - distance)[:, None]
+        candidates = cosine * lifted[:1] + np.sqrt(1 - cosine**2) * lifted[1:4]
+        images = [jnp.asarray(x.reshape(-1, 8, 8, 1), jnp.float32) for x in (candidates, lifted)]
+        found = kkt_scoring.score(images[0], images[1][:1], images[1][4:]).training
+        assert found.votes == 2
+        average = np.asarray(candidates[:2].mean(axis=0))
+        expected = (average - average.min()) / np.ptp(average)
+        np.testing.assert_allclose(found.images.ravel(), expected, atol=1e-5)
+
+    TWELVE = jnp.asarray(DATA[30:42])
+
+    def test_perfect_candidates_are_found(self):
+        """Rounding puts their distance below zero."""
+        found = kkt_scoring.score(self.TWELVE, self.TWELVE, self.TWELVE[::-1])
+        for match in found:
+            assert (match.votes >= 1).all() and match.ncc.max() <= 1
+            np.testing.assert_allclose(match.ncc, 1.0, atol=1e-6)
+            np.testing.assert_allclose(match.ssim, 1.0, atol=1e-2)
+
+    def test_the_ten_best_count(self):
+        levels = jnp.linspace(0.0, 1.0, 12)[:, None, None, None]
+        noisy = self.TWELVE + levels * jax.random.normal(KEY, self.TWELVE.shape)
+        found = kkt_scoring.score(noisy, self.TWELVE, self.TWELVE[::-1]).training
+        dissimilar = (1 - np.sort(found.ssim)[::-1]) / 2
+        assert dissimilar[-1] > dissimilar[0] + 0.2
+        np.testing.assert_allclose(found.best_dssim, dissimilar[:10].mean(), rtol=1e-5)
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e38, 3e38])
+    def test_candidates_that_diverged_do_not_count(self, bad):
+        clean = kkt_scoring.score(self.TWELVE, self.TWELVE, self.TWELVE[::-1]).training
+        broken = self.TWELVE.at[3].set(-bad).at[3, 2:].set(bad)
+        found = kkt_scoring.score(broken, self.TWELVE, self.TWELVE[::-1]).training
+        others = np.arange(12) != 3
+        for name in ("ncc", "ssim", "images"):
+            ours, theirs = getattr(found, name), getattr(clean, name)
+            np.testing.assert_allclose(ours[others], theirs[others], atol=1e-6)
+            assert np.isfinite(ours).all()
+        assert found.votes[3] >= 1 and found.ncc[3] < 0.99
+        none = kkt_scoring.score(0 * broken + np.nan, self.TWELVE, self.TWELVE[::-1]).training
+        assert not none.votes.any() and not none.images.any() and (none.ncc == -1).all()
+        assert (none.ssim < 0.1).all()
 
     def test_refuses_images_of_different_shapes(self):
         with pytest.raises(ValueError, match="of one shape"):

@@ -1,7 +1,7 @@
 """Differential privacy against the informed adversary: success beside the bound on any attack.
 
     python benchmarks/papers/dp_reconstruction.py --json dp.json --figure dp.png
-    python benchmarks/papers/dp_reconstruction.py --dataset mnist --data-dir data --known 999 --trials 100
+    python benchmarks/papers/dp_reconstruction.py --dataset mnist --data-dir data --earlier dp.json
 
 Three attacks who know all records but one, each over a range of noise (Hayes et al. 2023; Balle et al. 2022):
 
@@ -18,11 +18,13 @@ Three attacks who know all records but one, each over a range of noise (Hayes et
 
 `bound` is on the success of any attack on all that DP-SGD releases, `kappa` that of the best blind guess;
 for images `kappa` is the largest share of the records near one of them, which is a heuristic. `epsilon` is at
-delta = 1e-5. `accuracy` is of the released model on records that were not used.
+delta = 1e-5. `accuracy` is of the released model on records that were not used. `--earlier` draws other runs
+in the same `--figure`.
 """
 
 import argparse
 import functools
+import json
 import math
 import pathlib
 import sys
@@ -49,6 +51,13 @@ from invjax.theory.blowup import blowup
 DELTA = 1e-5
 STEPS = 100
 CANDIDATES = 8
+PANELS = {
+    "prior": "prior, all iterates",
+    "hidden": "prior, batches of a tenth",
+    "dot": "prior, batches of a tenth",
+    "weights": "shadow models, final weights",
+    "glm": "closed form, logistic regression",
+}
 NOISE = {
     "prior": (40.0, 20.0, 10.0, 5.0, 2.5, 1.0),
     "hidden": (4.0, 2.0, 1.0, 0.7, 0.5),
@@ -235,28 +244,41 @@ def from_glm(dataset, options) -> list[dict]:
     return rows
 
 
+def earlier(paths: list[str]) -> list[dict]:
+    """Rows of earlier runs, from their JSON."""
+    contents = [json.loads(pathlib.Path(path).read_text()) for path in paths]
+    return [
+        {**one, "dataset": content["dataset"]} for content in contents for one in content["rows"]
+    ]
+
+
 def figure(rows: list[dict], path: str) -> None:
-    """A panel an attack: success and bound over epsilon."""
-    names = list(dict.fromkeys(one["attack"] for one in rows))
-    panels = [[name] for name in names if name != "dot"]
-    panels = [["hidden", "dot"] if panel == ["hidden"] else panel for panel in panels]
-    drawing = Figure(figsize=(3.6 * len(panels), 3.4), dpi=130, layout="constrained")
-    axes = drawing.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, panel in zip(axes, panels, strict=True):
-        for name in panel:
-            part = [one for one in rows if one["attack"] == name]
+    """A panel an attack and data set: success and bound over epsilon."""
+    panels = list(dict.fromkeys((one["dataset"], PANELS[one["attack"]]) for one in rows))
+    across = min(len(panels), 3)
+    down = -(-len(panels) // across)
+    drawing = Figure(figsize=(3.6 * across, 3.4 * down), dpi=110, layout="constrained")
+    axes = drawing.subplots(down, across, sharey=True, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (dataset, panel) in zip(axes.flat, panels, strict=False):
+        here = [one for one in rows if one["dataset"] == dataset and PANELS[one["attack"]] == panel]
+        for name in dict.fromkeys(one["attack"] for one in here):
+            part = [one for one in here if one["attack"] == name]
             epsilon = [one["epsilon"] for one in part]
             found = [one["success"] for one in part]
             axis.errorbar(epsilon, found, [one["error"] for one in part], fmt="o-", label=name)
         axis.plot(epsilon, [one["bound"] for one in part], "k-", label="bound on any attack")
         axis.plot(epsilon, [one["accuracy"] for one in part], "0.6", label="accuracy")
         axis.axhline(part[0]["kappa"], color="k", linestyle=":", label="blind guess")
+        axis.set_title(f"{dataset}: {panel}", fontsize=9)
         axis.set_xscale("log")
         axis.set_xlabel("epsilon at delta 1e-5")
         axis.set_ylim(0, 1.02)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=7)
-    axes[0].set_ylabel("success")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("success")
     pathlib.Path(path).write_bytes(png(drawing))
 
 
@@ -278,6 +300,7 @@ def main() -> None:
     parser.add_argument("--releases", type=int, default=5, help="of the logistic regression")
     parser.add_argument("--json")
     parser.add_argument("--figure")
+    parser.add_argument("--earlier", nargs="*", default=[], help="JSON of other runs to draw, too")
     options = parser.parse_args()
     dataset = datasets.load(options.dataset, options.data_dir, "train")
     rows = []
@@ -299,7 +322,8 @@ def main() -> None:
         benchmark="papers/dp_reconstruction",
     )
     if options.figure:
-        figure(rows, options.figure)
+        mine = [{**one, "dataset": options.dataset} for one in rows]
+        figure([*earlier(options.earlier), *mine], options.figure)
 
 
 if __name__ == "__main__":

@@ -129,8 +129,10 @@ def hybrid(
         layers = layers_of(model, observation.params)
         blocks = blocks_of(model, layers, observation.facts.input_shape, solver)
         indices = [block.index for block in blocks if block.shape is not None]
-        if not indices:
-            raise ValueError(f"hybrid corrects convolutions, of which {model.name} has none.")
+        if not indices and isinstance(schedule, str):
+            raise ValueError(
+                f"hybrid corrects convolutions, of which {model.name} has none: use layerwise."
+            )
         each = schedule_of(schedule, len(indices)) if isinstance(schedule, str) else schedule
         if len(each) != len(indices):
             raise ValueError(

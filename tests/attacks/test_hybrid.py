@@ -7,12 +7,13 @@ import pytest
 import scipy.ndimage
 
 import invjax
-from invjax import linalg
+from invjax import linalg, models
 from invjax.attacks.analytic.layerwise import layerwise
 from invjax.attacks.analytic.layerwise.chains import blocks_of, convolve
 from invjax.attacks.analytic.layerwise.recursion import System
 from invjax.attacks.analytic.layerwise.solvers import Report
 from invjax.attacks.hybrid import Correction, hybrid, schedule_of, system_error
+from invjax.base import Facts, Observation
 from invjax.models.chain import Spec, average_pool, chain_model
 
 DEFICIENT = [(6, 4, 2, 0)]
@@ -141,3 +142,8 @@ def test_errors_name_the_argument():
     batches, seen, keys = victims(model, 8, 1)
     with pytest.raises(ValueError, match="each of the 1 convolutions of small, got 2"):
         errors(hybrid(model, schedule=[Correction(1, 1.0, 1.0, 1.0)] * 2), batches, seen, keys)
+    dense = models.mlp((8,), 1, activation="leaky_relu")
+    params = dense.init(jax.random.key(0), (4,))
+    seen = Observation(params, params, Facts(input_shape=(4,), num_classes=1, batch_size=1))
+    with pytest.raises(ValueError, match="convolutions, of which mlp has none: use layerwise"):
+        hybrid(dense)(jax.random.key(0), seen)

@@ -46,4 +46,4 @@ def smallest(values: Array, count: Array | int) -> Array:
     last = at_rank(values, jnp.maximum(count, 1) - 1)
     below, equal = values < last, values == last
     left = count - jnp.sum(below)
-    return (below & (count > 0)) | (equal & (jnp.cumsum(equal) <= left))
+    return below | (equal & (jnp.cumsum(equal) <= left))

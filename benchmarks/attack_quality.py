@@ -12,7 +12,6 @@ cosine, 46.25 ± 12.66 dB by L-BFGS). `peer`: the same attack, images, weights, 
 and in PyTorch. PSNR is of raw units, clipped to [0, 1], with the range 1.
 """
 
-import argparse
 import time
 
 import jax
@@ -162,25 +161,19 @@ def summarize(rows, names) -> None:
 
 def main() -> None:
     """Run one of the comparisons."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = timing.parser(__doc__, data_dir=True)
     parser.add_argument("what", choices=["dlg", "anchor", "peer"])
-    parser.add_argument("--dataset", default="digits")
-    parser.add_argument("--data-dir")
+    parser.add_argument("--dataset", default="digits", help="of `dlg`")
     parser.add_argument("--model", default="convnet_small", help="of `peer`")
     parser.add_argument("--images", type=int, default=20, help="victims")
     parser.add_argument("--batch-size", type=int, default=1, help="of `peer`")
     parser.add_argument("--restarts", type=int, default=8, help="of `dlg`, at most")
     parser.add_argument("--steps", type=int, default=1000, help="of `peer`")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json")
+    parser.add_argument("--seed", type=int, default=0, help="of the victims and their weights")
     options = parser.parse_args()
     rows = {"dlg": run_dlg, "anchor": run_anchor, "peer": run_peer}[options.what](options)
     print("\n" + timing.table(rows))
-    timing.write(
-        options.json, rows, jax=jax.__version__, benchmark="attack_quality", options=vars(options)
-    )
+    timing.write(options.json, rows, benchmark="attack_quality", options=vars(options))
 
 
 if __name__ == "__main__":

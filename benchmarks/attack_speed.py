@@ -7,7 +7,7 @@ One thread each, alternating rounds in one process, medians. Before timing, the 
 point is checked to agree to 1e-4 between all systems.
 """
 
-import argparse
+import itertools
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,7 +28,7 @@ TV = 0.01
 MODELS = {"lenet": models.lenet, "convnet_small": models.convnet_small}
 
 
-def plain_attack(model, steps: int, restarts: int):
+def plain_attack(model, steps: int):
     """The textbook form: `lax.conv`, reverse over reverse, a scan."""
     cosine, variation = objectives.cosine(), priors.total_variation(TV)
 
@@ -51,7 +51,6 @@ def plain_attack(model, steps: int, restarts: int):
 
         return jax.vmap(one)(starts)
 
-    del restarts
     return jax.jit(run), value
 
 
@@ -75,7 +74,7 @@ def case(name: str, batch_size: int, restarts: int, steps: int, rounds: int, pla
         restarts=restarts,
         initializer=attacks.matching.loop.uniform_box(),
     )
-    state = jax.jit(attack.init)(key, observation._replace())
+    state = jax.jit(attack.init)(key, observation)
     starts = state.variables["inputs"]
 
     layers = model.layers(params)
@@ -100,7 +99,7 @@ def case(name: str, batch_size: int, restarts: int, steps: int, rounds: int, pla
             layers, weights, target, labels, TV, torch_peer.from_images(starts), steps
         )
     if plain:
-        run, plain_value = plain_attack(model, steps, restarts)
+        run, plain_value = plain_attack(model, steps)
         np.testing.assert_allclose(
             state.value, [plain_value(start, observation) for start in starts], rtol=1e-4
         )
@@ -118,27 +117,23 @@ def case(name: str, batch_size: int, restarts: int, steps: int, rounds: int, pla
 
 def main() -> None:
     """Run the cases and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser = timing.parser(__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--restarts", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="of a timed call")
+    parser.add_argument("--rounds", type=int, default=5, help="in which all systems take turns")
     parser.add_argument(
         "--plain", action="store_true", help="time the plain JAX form as well (slow)"
     )
-    parser.add_argument("--json")
     options = parser.parse_args()
     rows = []
-    for name in options.models:
-        for batch_size in options.batch_sizes:
-            for restarts in options.restarts:
-                row = case(name, batch_size, restarts, options.steps, options.rounds, options.plain)
-                rows.append(row)
-                print(row, flush=True)
+    for setting in itertools.product(options.models, options.batch_sizes, options.restarts):
+        rows.append(case(*setting, options.steps, options.rounds, options.plain))
+        print(rows[-1], flush=True)
     for columns in {tuple(row) for row in rows}:
         print("\n" + timing.table([row for row in rows if tuple(row) == columns]))
-    timing.write(options.json, rows, jax=jax.__version__, benchmark="attack_speed")
+    timing.write(options.json, rows, benchmark="attack_speed")
 
 
 if __name__ == "__main__":

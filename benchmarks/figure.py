@@ -75,8 +75,15 @@ def draw(images: dict[str, np.ndarray]) -> Figure:
 
 def main() -> None:
     """Attack and draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/figures/leak.png"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("docs/figures/leak.png"),
+        help="(default: %(default)s)",
+    )
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_bytes(png(draw(reconstructions())))

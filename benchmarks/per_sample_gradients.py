@@ -7,7 +7,6 @@ equal to the plain form to 1e-6 of its largest entry. The last column is the bat
 one sample's gradient costs beside a gradient that is not resolved by samples.
 """
 
-import argparse
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
@@ -101,13 +100,10 @@ def case(name: str, size: int, rounds: int) -> list[dict]:
 
 def main() -> None:
     """Run the cases and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = timing.parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[8, 64])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json")
+    parser.add_argument("--rounds", type=int, default=7, help="in which all systems take turns")
     options = parser.parse_args()
     rows = [
         row
@@ -116,7 +112,7 @@ def main() -> None:
         for row in case(name, size, options.rounds)
     ]
     print("\n" + timing.table(rows))
-    timing.write(options.json, rows, jax=jax.__version__, benchmark="per_sample_gradients")
+    timing.write(options.json, rows, benchmark="per_sample_gradients")
 
 
 if __name__ == "__main__":

@@ -143,12 +143,21 @@ def command(name: str, run: Run, full: bool, out: pathlib.Path, data: str | None
 
 def main() -> None:
     """Run, and say what came of it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--quick", action="store_true", help="minutes, embedded data alone")
     mode.add_argument("--full", action="store_true", help="as in RESULTS.md; many hours on a CPU")
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("invjax-runs/benchmarks"))
+    parser.add_argument(
+        "--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME", help=", ".join(RUNS)
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("invjax-runs/benchmarks"),
+        help="folder for logs and JSON (default: %(default)s)",
+    )
     parser.add_argument("--data-dir", help="folder of data sets on disk")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ that have no vectorised attacks do. Alternating rounds in one process, medians; 
 agree.
 """
 
-import argparse
+import itertools
 
 import jax
 import numpy as np
@@ -69,25 +69,21 @@ def case(name: str, jobs: int, devices: int, steps: int, rounds: int, size: int)
 
 def main() -> None:
     """Run the cases and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["mlp", "lenet"])
+    parser = timing.parser(__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["mlp", "lenet"])
     parser.add_argument("--jobs", nargs="+", type=int, default=[1, 8, 64])
-    parser.add_argument("--devices", nargs="+", type=int, default=[1])
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--devices", nargs="+", type=int, default=[1], help="how many")
+    parser.add_argument("--steps", type=int, default=500, help="of the attack")
+    parser.add_argument("--rounds", type=int, default=3, help="in which all systems take turns")
     parser.add_argument("--image-size", type=int, default=8)
-    parser.add_argument("--json")
     options = parser.parse_args()
     rows = []
-    for name in options.models:
-        for jobs in options.jobs:
-            for devices in options.devices:
-                row = case(name, jobs, devices, options.steps, options.rounds, options.image_size)
-                rows.append(row)
-                print(row, flush=True)
+    for setting in itertools.product(options.models, options.jobs, options.devices):
+        rows.append(case(*setting, options.steps, options.rounds, options.image_size))
+        print(rows[-1], flush=True)
     print("\n" + timing.table(rows))
     device = jax.devices()[0].device_kind
-    timing.write(options.json, rows, jax=jax.__version__, device=device, benchmark="sweep_scaling")
+    timing.write(options.json, rows, device=device, benchmark="sweep_scaling")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Side-by-side timing in one process: alternating rounds, medians, spread, a table and JSON."""
+"""What the benchmarks share: timing side by side in one process, options, a table and JSON."""
 
+import argparse
+import importlib.metadata
 import json
 import pathlib
 import platform
@@ -48,15 +50,41 @@ def _summary(values: list[float]) -> dict[str, float]:
     }
 
 
-def write(path: str | None, rows: list[dict[str, Any]], **facts: Any) -> None:
+def parser(description: str | None, data_dir: bool = False) -> argparse.ArgumentParser:
+    """Options of a benchmark: those that all have, and a description that keeps its lines.
+
+    Args:
+      description: the script's docstring.
+      data_dir: whether it reads data sets from files.
+
+    Returns:
+      The parser, to which a script adds its own.
+    """
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--json", help="file for the rows of the table")
+    if data_dir:
+        options.add_argument("--data-dir", help="folder of data sets on disk")
+    return options
+
+
+def write(path: str | pathlib.Path | None, rows: list[dict[str, Any]], **facts: Any) -> None:
     """Write rows and facts of the machine as JSON, if there is a path."""
     if path is not None:
-        content = {"machine": platform.machine(), "python": platform.python_version(), **facts}
+        content = {
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "jax": importlib.metadata.version("jax"),
+            **facts,
+        }
         pathlib.Path(path).write_text(json.dumps({**content, "rows": rows}, indent=2) + "\n")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as a Markdown table."""
+    """Rows as a Markdown table; nothing of none."""
+    if not rows:
+        return ""
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:

@@ -9,6 +9,7 @@ through `vmap`. Behaviours (`Model`, `Attack`, `Defense`) hold functions and are
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -44,6 +45,9 @@ class LocalTraining:
       learning_rate: the client's step size (of plain SGD; other optimizers name themselves).
       num_samples: samples the client holds.
       optimizer: the client's optimizer, by name.
+
+    Raises:
+      ValueError: a count below 1, or a learning rate that is not positive and finite.
     """
 
     epochs: int
@@ -51,6 +55,15 @@ class LocalTraining:
     learning_rate: float
     num_samples: int
     optimizer: str = "sgd"
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "num_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(
+                f"learning_rate must be positive and finite, got {self.learning_rate}."
+            )
 
     @property
     def num_steps(self) -> int:

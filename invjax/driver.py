@@ -43,6 +43,8 @@ def quick_jit(function: Callable, **options: Any) -> Callable:
 
 
 Run = Callable[..., Reconstruction]
+MAX_CHUNK = 256
+"""Steps of the largest chunk."""
 
 
 def chunk_size(attack: Attack, observation: Observation, state, backend: str | None = None) -> int:
@@ -58,11 +60,11 @@ def chunk_size(attack: Attack, observation: Observation, state, backend: str | N
       backend: `cpu`, `gpu` or `tpu`; the present one where `None`.
 
     Returns:
-      1, or 256: a chunk never holds more.
+      1, or `MAX_CHUNK`: a chunk never holds more.
     """
     backend = jax.default_backend() if backend is None else backend
     slow = backend == "cpu" and conv.keeps_lax_conv(attack.step, observation, state)
-    return 1 if slow else 256
+    return 1 if slow else MAX_CHUNK
 
 
 def advance_in_chunks(
@@ -98,14 +100,14 @@ def advance_in_chunks(
             started = time.perf_counter()
             count = min(count, num_steps - steps)
             for part in [1] * count if stepwise else [count]:
-                state = advance(state, part)
-            steps += count
+                # Both at once: an interruption must not part a state from its steps.
+                state, steps = advance(state, part), steps + part
             objective, done = jax.tree.map(np.asarray, summary(state))
             after(steps, state, objective)
             if done.all():
                 break
             if chunk is None and time.perf_counter() - started < 0.1:
-                count = min(2 * count, 256)
+                count = min(2 * count, MAX_CHUNK)
     except KeyboardInterrupt as interruption:
         return state, steps, interruption
     return state, steps, None
@@ -206,5 +208,8 @@ def run(
 
     Returns:
       The reconstruction.
+
+    Raises:
+      ValueError: a chunk smaller than 1, or an observation that the attack cannot use.
     """
     return runner(attack, batched=batched, chunk=chunk)(key, observation, on_chunk)

@@ -118,7 +118,7 @@ def clip_scale(gradients: PyTree, clip_norm: Array | float) -> Array:
 
     Args:
       gradients: per-sample gradients, leaves `[B, ...]`.
-      clip_norm: radius, positive.
+      clip_norm: L2 radius over all parameters together, positive.
 
     Returns:
       `[B]` factors; 1 for a zero gradient.
@@ -204,7 +204,7 @@ def clipped_sum(
     Raises:
       ValueError: `clip_norm` is not positive, or `microbatch_size` does not divide `B`.
     """
-    if clip_norm <= 0:
+    if not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm}.")
 
     def clipped(batch: Batch) -> Params:
@@ -245,20 +245,25 @@ def federated_update(
       params: the parameters that the server sent.
       batch: the client's samples, `local.num_samples` of them.
       local: epochs, mini-batch size, learning rate: the round's public facts.
-      optimizer: the client's optimizer; plain SGD at `local.learning_rate` by default.
+      optimizer: the client's optimizer, which `local.optimizer` should name; plain SGD at
+        `local.learning_rate` by default.
 
     Returns:
       The update, a tree like `params`.
 
     Raises:
-      ValueError: the batch does not hold `local.num_samples` samples.
+      ValueError: the batch does not hold `local.num_samples` samples, or `local.optimizer` names
+        another optimizer than SGD and none is given.
     """
     size = batch.inputs.shape[0]
     if size != local.num_samples:
         raise ValueError(
             f"local.num_samples is {local.num_samples}, but the batch holds {size} samples."
         )
-    optimizer = optax.sgd(local.learning_rate) if optimizer is None else optimizer
+    if optimizer is None:
+        if local.optimizer != "sgd":
+            raise ValueError(f"local.optimizer is {local.optimizer!r}: give it as optimizer.")
+        optimizer = optax.sgd(local.learning_rate)
 
     @jax.jit
     def train(params, state, mini_batch):

@@ -135,6 +135,39 @@ def conv_matrix(weight: np.ndarray, shape: Geometry) -> Matrix:
     return scipy.sparse.coo_array(entries, shape=size).tocsr()
 
 
+def pool_matrix(output: tuple[int, int], window: tuple[int, int]) -> Matrix:
+    """The matrix of an average pool without overlap, which crops what does not fill a window.
+
+    Args:
+      output: height and width of the map that is pooled.
+      window: height and width of the pool; pools in a row are one of the product of their windows.
+
+    Returns:
+      Sparse `[P, Q]`, from the map's pixels to those behind the pool.
+    """
+
+    def mean(size: int, side: int) -> scipy.sparse.coo_array:
+        kept = np.arange(size // side * side)
+        places = (np.full(kept.size, 1 / side), (kept // side, kept))
+        return scipy.sparse.coo_array(places, shape=(size // side, size))
+
+    return scipy.sparse.csr_array(scipy.sparse.kron(*map(mean, output, window)))
+
+
+def pooled(rows: Matrix, pool: Matrix) -> Matrix:
+    """Weight rows behind an average pool.
+
+    Args:
+      rows: `[Q * filters, N]`, of the convolution.
+      pool: `[P, Q]`.
+
+    Returns:
+      `[P * filters, N]`.
+    """
+    filters = scipy.sparse.eye_array(rows.shape[0] // pool.shape[1])
+    return scipy.sparse.csr_array(scipy.sparse.kron(pool, filters, "csr") @ rows)
+
+
 def gradient_block(signal: np.ndarray, shape: Geometry) -> np.ndarray:
     """The gradient rows of one input channel: `dL/dW[:, c] = B x[:, c]` for every channel `c`.
 
@@ -215,9 +248,9 @@ def closed_form_rank(shape: Geometry) -> int:
     Returns:
       The rank; the input's size where the system determines it.
     """
-    filters = shape.filters
-    full = [(t, n) for t, n in phases(shape) if filters * t >= n]
-    rest = [(t, n) for t, n in phases(shape) if filters * t < n]
+    filters, found = shape.filters, phases(shape)
+    full = [(t, n) for t, n in found if filters * t >= n]
+    rest = [(t, n) for t, n in found if filters * t < n]
     rank = shape.channels * sum(n for _, n in full)
     if rest:
         rows = shape.outputs + shape.channels * filters * sum(t for t, _ in rest) - filters**2

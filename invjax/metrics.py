@@ -58,7 +58,7 @@ def _assign(cost: Array) -> Array:
 
 
 def match(reconstruction: Array, truth: Array, cost: Cost = "mse") -> Array:
-    """Which reconstruction belongs to which truth.
+    """Which reconstruction belongs to which truth, in one batch; of many batches, `jax.vmap(match)`.
 
     Args:
       reconstruction: `[B, ...]`.
@@ -152,7 +152,7 @@ def psnr(reconstruction: Array, truth: Array, *, data_range: float) -> Array:
       [20.0]
     """
     reconstruction, truth = _pair(reconstruction, truth)
-    _check_range(data_range)
+    _check_width("data_range", data_range)
     scaled = (_as_images(side) / data_range for side in (reconstruction, truth))
     return jnp.asarray(dm_pix.psnr(*scaled))
 
@@ -177,7 +177,7 @@ def ssim(reconstruction: Array, truth: Array, *, data_range: float) -> Array:
       TypeError: inputs that are not floats.
     """
     reconstruction, truth = _pair(reconstruction, truth)
-    _check_range(data_range)
+    _check_width("data_range", data_range)
     if truth.ndim != 4 or min(truth.shape[1:3]) < 3:
         raise ValueError(
             f"ssim needs images [B, H, W, C] of at least 3x3 pixels, got shape {truth.shape}."
@@ -322,7 +322,8 @@ def baselines(
     Args:
       truth: `[B, ...]`.
       mean_image: `[...]`, of data that are not the truth.
-      value_range: lowest and highest possible value.
+      value_range: lowest and highest possible value, each one number. Of data with a range a channel
+        take `datasets.denormalize` first.
       metric: `psnr` or `mse`.
 
     Returns:
@@ -340,7 +341,9 @@ def baselines(
     if metric not in ("psnr", "mse"):
         raise ValueError(f"metric must be 'psnr' or 'mse', got {metric!r}.")
     low, high = value_range
-    _check_range(high - low)
+    if np.ndim(low) or np.ndim(high):
+        raise ValueError(f"value_range must be two numbers, got {value_range}.")
+    _check_width("the width of value_range", high - low)
     guesses = {
         "grey": jnp.full_like(truth, (low + high) / 2),
         "mean": jnp.broadcast_to(mean_image[None], truth.shape),
@@ -377,11 +380,11 @@ def _label_pair(labels: Array, truth: Array) -> tuple[Array, Array]:
     return jnp.asarray(labels), jnp.asarray(truth)
 
 
-def _check_range(data_range: float) -> None:
-    if isinstance(data_range, jax.core.Tracer):
+def _check_width(name: str, width: float) -> None:
+    if isinstance(width, jax.core.Tracer):
         return
-    if np.ndim(data_range) or not 0 < float(data_range) < np.inf:
-        raise ValueError(f"data_range must be one positive number, got {data_range}.")
+    if np.ndim(width) or not 0 < float(width) < np.inf:
+        raise ValueError(f"{name} must be one positive number, got {width}.")
 
 
 def _as_images(x: Array) -> Array:

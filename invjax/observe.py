@@ -22,6 +22,7 @@ from invjax.base import (
     PyTree,
 )
 from invjax.defenses import chain
+from invjax.ranges import check_range
 
 
 def observe(
@@ -49,7 +50,8 @@ def observe(
       input_range: lowest and highest input value, public; one number or one per channel each.
       local: the local training of a federated round; the observation is then the update
         `start - end`, and the defence acts on it (it must be of stage `aggregate`).
-      optimizer: the client's optimizer in a federated round; SGD at the local rate by default.
+      optimizer: the client's optimizer in a federated round, which `local.optimizer` should name;
+        SGD at the local rate by default.
       grant_labels: whether the adversary is told the labels, in the batch's order.
       grant_statistics: whether it is told the batch-norm statistics of the batch.
       grant_batch_size: whether it is told how many samples there are.
@@ -58,9 +60,11 @@ def observe(
       The observation. It holds no private array but what was granted.
 
     Raises:
-      ValueError: shapes that do not fit the model, labels out of range, inputs that are not finite,
-        a per-sample defence on a federated update, statistics of a model without batch norm.
-      TypeError: labels that are not integers.
+      ValueError: shapes that do not fit the model, labels out of range, inputs that are not finite, an
+        input range that is none or has other channels, a per-sample defence on a federated update,
+        another number of samples than `local` has, an optimizer without a federated round,
+        statistics of a model without batch norm.
+      TypeError: inputs that are not floats, labels that are not integers, a defence that is none.
 
     Example:
       >>> import jax, invjax
@@ -75,21 +79,24 @@ def observe(
     """
     check_batch(model, batch)
     check_params(model, params, batch.inputs.shape[1:])
+    _check_input_range(input_range, batch.inputs.shape[-1])
     defense = chain() if defense is None else defense
     if not isinstance(defense, Defense):
         raise TypeError(f"defense must be an invjax defence, got {defense!r}.")
     if grant_statistics and model.statistics is None:
         raise ValueError(f"grant_statistics: the model {model.name} has no batch norm.")
+    if local is not None and defense.stage == "per_sample":
+        raise ValueError(
+            f"{defense.name} acts on per-sample gradients; a federated update has none."
+        )
+    if local is None and optimizer is not None:
+        raise ValueError("optimizer is that of a federated round: give local with it.")
 
     order_key, defense_key = jax.random.split(key)
     state = defense.init_with_key(defense_key, params)
     granted = batch.labels
     batch, state = defense.prepare(batch, state, params)
     if local is not None:
-        if defense.stage == "per_sample":
-            raise ValueError(
-                f"{defense.name} acts on per-sample gradients; a federated update has none."
-            )
         private = gradients.federated_update(order_key, model, params, batch, local, optimizer)
     elif defense.stage == "per_sample":
         private = gradients.per_sample_gradients(model, params, batch)
@@ -139,7 +146,7 @@ def per_step_gradient(observation: Observation) -> PyTree:
     """The observation on the scale of one gradient.
 
     A federated update of `k` steps at rate `r` is read as `k r` times one gradient: the
-    single-gradient approximation, exact for one step of plain SGD.
+    single-gradient approximation, exact for one step of plain SGD on all samples.
 
     Args:
       observation: an observation with a gradient.
@@ -189,6 +196,16 @@ def check_batch(model: Model, batch: Batch) -> None:
         raise ValueError(f"batch.labels must lie in [0, {classes - 1}], got [{low}, {high}].")
     if not np.isfinite(np.asarray(inputs)).all():
         raise ValueError("batch.inputs must be finite, got NaN or infinity.")
+
+
+def _check_input_range(input_range: tuple[Bound, Bound], channels: int) -> None:
+    check_range(input_range)
+    sizes = [np.size(bound) for bound in input_range]
+    if not {*sizes} <= {1, channels}:
+        raise ValueError(
+            f"A bound of input_range must be one number or {channels}, one a channel of "
+            f"batch.inputs, got bounds of {sizes} numbers."
+        )
 
 
 def check_params(model: Model, params: Params, input_shape: tuple[int, ...]) -> None:

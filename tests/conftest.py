@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import matplotlib
+import numpy as np
 import pytest
 
 matplotlib.use("Agg")
@@ -55,3 +56,14 @@ def data_dir() -> pathlib.Path:
 def key() -> jax.Array:
     """A typed PRNG key."""
     return jax.random.key(0)
+
+
+def nearest(samples, pool) -> tuple[np.ndarray, np.ndarray]:
+    """Mean squared error of every sample `[..., B, D]` to the nearest of a pool `[..., N, D]`, and which.
+
+    In NumPy, hence in the precision of the samples whatever the scope; infinity and N of an empty pool.
+    """
+    distances = np.asarray(samples)[..., :, None, :] - np.asarray(pool)[..., None, :, :]
+    errors = np.square(distances).mean(axis=-1)
+    errors = np.pad(errors, [(0, 0)] * (errors.ndim - 1) + [(0, 1)], constant_values=np.inf)
+    return errors.min(axis=-1), errors.argmin(axis=-1)

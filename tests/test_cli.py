@@ -54,6 +54,7 @@ def test_folder(run):
     assert len(rows) == 4
     assert rows[3]["victim"] == 1 and rows[3]["sample"] == 1
     assert rows[0]["defense"] == "gaussian_noise(0.01)" and rows[0]["invjax"] == invjax.__version__
+    assert rows[0]["num_victims"] == 2 and rows[0]["weights"] is None
     assert not any(row["interrupted"] for row in rows)
     with np.load(run / "reconstructions.npz") as arrays:
         assert arrays["truth"].shape == arrays["reconstruction"].shape == (2, 2, 8, 8, 1)
@@ -114,6 +115,15 @@ def test_bad_input_is_one_line_and_writes_nothing(options, words, tmp_path, caps
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_attack_refuses_late_is_one_line_too(tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise ValueError("observation.gradient must be finite")
+
+    monkeypatch.setattr(cli.attack.run, "attack_victims", refuse)
+    assert cli.main([*QUICK, "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "invjax attack: observation.gradient must be finite\n"
 
 
 def test_vectors_need_an_mlp(tmp_path, capsys):

@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 import invjax
 from invjax import cli
+from invjax.cli.sweep import _value_range
+from invjax.evaluation import grid
 from invjax.evaluation import sweep as engine
 
 # A shell's background jobs ignore SIGINT, and hand that down.
@@ -52,7 +55,7 @@ def test_a_sweep_and_its_report(file, tmp_path, capsys):
     assert "6 of 6 jobs" in (folder / "sweep-000.log").read_text()
     # Again without --resume is refused; with it nothing is left to do.
     assert cli.main(["sweep", str(file)]) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    assert "--resume, or replace it with --overwrite" in capsys.readouterr().err
     assert cli.main(["sweep", "--resume", "--out", str(folder)]) == 0
     (folder / "report.html").unlink()
     assert cli.main(["report", str(folder)]) == 0
@@ -76,6 +79,25 @@ def test_failures_are_the_exit_code(file, tmp_path, monkeypatch, capsys):
     assert "no &lt;client&gt; today" in page
 
 
+def test_a_sample_that_is_not_found_is_no_failed_job(file, tmp_path):
+    file.write_text(
+        'models = "mlp((8,))"\ndefenses = "random_mask(0.9999999)"\nattacks = "bias_trick"\n'
+    )
+    assert cli.main(["sweep", str(file)]) == 0
+    folder = tmp_path / "invjax-runs" / "sweep-mine"
+    rows = pq.read_table(folder / "results.parquet").to_pylist()
+    assert {(row["status"], row["reason"]) for row in rows} == {
+        ("not found", "the defence left a gradient of zeros")
+    }
+
+
+def test_pictures_are_drawn_in_the_range_of_the_data(tmp_path):
+    wide = tmp_path / "wide.npz"
+    np.savez(wide, x=np.linspace(-1, 2, 64, dtype=np.float32).reshape(4, 4, 4, 1), y=np.arange(4))
+    assert _value_range(grid.Sweep(datasets=("digits", str(wide)))) == (-1.0, 2.0)
+    assert _value_range(grid.Sweep(datasets=("nowhere.npz",))) == (0.0, 1.0)
+
+
 def test_plan_writes_nothing(file, tmp_path, capsys):
     assert cli.main(["sweep", str(file), "--plan"]) == 0
     assert "2 cells, 6 jobs, 6 samples" in capsys.readouterr().out
@@ -90,6 +112,7 @@ def test_plan_writes_nothing(file, tmp_path, capsys):
         (["--preset", "digit"], "Did you mean 'digits'"),
         (["none.toml"], "none.toml"),
         (["mine.toml", "--block-size", "0"], "--block-size"),
+        (["mine.toml", "--num-processes", "2"], "need --coordinator"),
         (["--resume", "--out", "nowhere"], "holds no sweep"),
         (["mine.toml", "--resume"], "resume"),
     ],

@@ -235,7 +235,7 @@ def test_a_zero_gradient_is_finite_and_so_is_its_derivative():
 
 def test_clipped_sum_errors():
     model, params, batch = setting(dense_model, size=6)
-    for clip_norm in (0.0, -1.0):
+    for clip_norm in (0.0, -1.0, np.nan):
         with pytest.raises(ValueError, match=f"clip_norm must be positive, got {clip_norm}"):
             gradients.clipped_sum(model, params, batch, clip_norm)
     for size in (4, 0, -2, 12):
@@ -246,9 +246,13 @@ def test_clipped_sum_errors():
 # Federated updates.
 
 
-def round_of(epochs=1, batch_size=4, num_samples=4, **kwargs):
+def round_of(epochs=1, batch_size=4, num_samples=4, learning_rate=0.1, **kwargs):
     return LocalTraining(
-        epochs=epochs, batch_size=batch_size, learning_rate=0.1, num_samples=num_samples, **kwargs
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        num_samples=num_samples,
+        **kwargs,
     )
 
 
@@ -328,10 +332,32 @@ def test_every_epoch_has_its_own_order():
     assert digits[:4] != digits[4:]
 
 
-def test_federated_update_refuses_another_number_of_samples():
+@pytest.mark.parametrize(
+    ("local", "message"),
+    [
+        (round_of(num_samples=5), "num_samples is 5, but the batch holds 4"),
+        (round_of(optimizer="adam"), "local.optimizer is 'adam': give it as optimizer"),
+    ],
+)
+def test_federated_update_refuses_what_does_not_fit(local, message):
     model, params, batch = setting(dense_model)
-    with pytest.raises(ValueError, match="num_samples is 5, but the batch holds 4"):
-        gradients.federated_update(jax.random.key(0), model, params, batch, round_of(num_samples=5))
+    with pytest.raises(ValueError, match=message):
+        gradients.federated_update(jax.random.key(0), model, params, batch, local)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"num_samples": -1}, "num_samples must be at least 1, got -1"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
+        ({"learning_rate": np.nan}, "learning_rate must be positive and finite, got nan"),
+    ],
+)
+def test_rounds_that_are_none_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        round_of(**settings)
 
 
 @pytest.mark.parametrize(

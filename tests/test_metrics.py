@@ -351,8 +351,10 @@ def test_baselines_refuse_what_does_not_fit():
         metrics.baselines(truth, truth[0, ..., :1], value_range=(0.0, 1.0))
     with pytest.raises(ValueError, match="metric must be 'psnr' or 'mse', got 'ssim'"):
         metrics.baselines(truth, truth[0], value_range=(0.0, 1.0), metric="ssim")
-    with pytest.raises(ValueError, match="data_range must be one positive number"):
+    with pytest.raises(ValueError, match="width of value_range must be one positive number"):
         metrics.baselines(truth, truth[0], value_range=(1.0, 1.0))
+    with pytest.raises(ValueError, match="value_range must be two numbers"):
+        metrics.baselines(truth, truth[0], value_range=(0.0, (1.0, 2.0, 3.0)))
 
 
 # Transformations and errors.

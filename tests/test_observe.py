@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import invjax
@@ -125,3 +126,16 @@ def test_bad_params_and_defenses(params, batch):
         invjax.observe(jax.random.key(0), wide, params, batch)
     with pytest.raises(TypeError, match="defense"):
         invjax.observe(jax.random.key(0), MODEL, params, batch, "gaussian")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"input_range": (1.0, 0.0)}, r"input_range must be \(low, high\) with low < high"),
+        ({"input_range": (0.0, (1.0, 1.0, 1.0))}, r"one number or 1, .* of \[1, 3\]"),
+        ({"optimizer": optax.adam(0.1)}, "give local with it"),
+    ],
+)
+def test_settings_that_would_mislead_the_adversary_are_refused(params, batch, settings, message):
+    with pytest.raises(ValueError, match=message):
+        invjax.observe(jax.random.key(0), MODEL, params, batch, **settings)

@@ -10,7 +10,6 @@ variation alone; `bayes, annealed` follows the published schedule. Reconstructio
 pixels.
 """
 
-import argparse
 import pathlib
 import sys
 
@@ -93,14 +92,12 @@ def runner(model, params, data, name: str, defense, steps: int):
 
 def main() -> None:
     """Tune on training images, report on others."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = timing.parser(__doc__, data_dir=True)
     parser.add_argument("--dataset", choices=MODELS, default="digits")
-    parser.add_argument("--data-dir")
-    parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--tuning-images", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--images", type=int, default=32, help="that are reported")
+    parser.add_argument("--tuning-images", type=int, default=4, help="other ones")
+    parser.add_argument("--steps", type=int, default=200, help="of every attack")
     parser.add_argument("--attacks", nargs="+", choices=GRIDS, default=list(GRIDS))
-    parser.add_argument("--json")
     options = parser.parse_args()
     data = datasets.normalized(datasets.load(options.dataset, options.data_dir))
     model = MODELS[options.dataset]()
@@ -137,8 +134,7 @@ def main() -> None:
             print(title, name, best, row[name], flush=True)
         rows.append(row)
     print("\n" + timing.table(rows))
-    facts = {"jax": jax.__version__, "benchmark": "papers/bayes_framework"}
-    timing.write(options.json, rows, **facts)
+    timing.write(options.json, rows, benchmark="papers/bayes_framework")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ in training may not hold early. Against ATS, the PSNR is given against the image
 of, too.
 """
 
-import argparse
 import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
@@ -41,7 +41,7 @@ def kept(model, steps: int):
 
     def value(candidate, observation):
         left = jax.tree.map(
-            lambda mine, theirs: jax.numpy.where(theirs == 0, 0.0, mine),
+            lambda mine, theirs: jnp.where(theirs == 0, 0.0, mine),
             candidate,
             observation.gradient,
         )
@@ -99,13 +99,11 @@ MODELS = {
 
 def main() -> None:
     """Train, attack, draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = timing.parser(__doc__, data_dir=True)
     parser.add_argument("--dataset", choices=["digits", "mnist"], default="digits")
-    parser.add_argument("--data-dir")
     parser.add_argument("--model", choices=MODELS, default="mlp")
     parser.add_argument("--victims", type=int, default=8)
     parser.add_argument("--attack-steps", type=int, default=600)
-    parser.add_argument("--json")
     parser.add_argument("--figures", help="folder for a figure a defence")
     options = parser.parse_args()
     data = datasets.load(options.dataset, options.data_dir)
@@ -138,7 +136,7 @@ def main() -> None:
             name = title.partition("(")[0]
             (folder / f"{name}.png").write_bytes(course_figure(measured))
     print("\n" + timing.table(rows))
-    timing.write(options.json, rows, jax=jax.__version__, benchmark="papers/course_of_training")
+    timing.write(options.json, rows, benchmark="papers/course_of_training")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ delta = 1e-5. `accuracy` is of the released model on records that were not used.
 in the same `--figure`.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -33,9 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from dp_accounting import get_epsilon_gaussian
 from matplotlib.figure import Figure
-from scipy.optimize import brentq
-from scipy.special import log_ndtr, ndtr, ndtri
+from scipy.special import ndtr, ndtri
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import timing
@@ -68,12 +67,7 @@ NOISE = {
 
 def gaussian_epsilon(mu: float) -> float:
     """Epsilon of a Gaussian mechanism whose means are `mu` deviations apart (Balle and Wang 2018)."""
-
-    def excess(epsilon):
-        second = math.exp(epsilon + log_ndtr(-epsilon / mu - mu / 2))
-        return ndtr(-epsilon / mu + mu / 2) - second - DELTA
-
-    return float(brentq(excess, 0.0, mu**2 / 2 + 10 * mu + 10))
+    return get_epsilon_gaussian(1 / mu, DELTA)
 
 
 def split(dataset, flat: bool, *sizes: int) -> list[Batch]:
@@ -284,22 +278,20 @@ def figure(rows: list[dict], path: str) -> None:
 
 def main() -> None:
     """Measure, print, draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = timing.parser(__doc__, data_dir=True)
     attacks = ("prior", "hidden", "weights", "glm")
     parser.add_argument("--attacks", nargs="*", choices=attacks, default=attacks)
     parser.add_argument("--dataset", default="digits")
-    parser.add_argument("--data-dir")
     parser.add_argument("--known", type=int, default=99, help="records known beside a prior")
-    parser.add_argument("--trials", type=int, default=400)
+    parser.add_argument("--trials", type=int, default=400, help="targets of the prior's attacks")
     parser.add_argument("--parallel", type=int, default=4, help="trials at once")
-    parser.add_argument("--weights-known", type=int, default=100)
-    parser.add_argument("--shadows", type=int, default=1000)
-    parser.add_argument("--targets", type=int, default=100)
+    parser.add_argument("--weights-known", type=int, default=100, help="records of `weights`")
+    parser.add_argument("--shadows", type=int, default=1000, help="models of `weights`")
+    parser.add_argument("--targets", type=int, default=100, help="of `weights`")
     parser.add_argument("--network", type=int, help="epochs of the reconstructor network")
-    parser.add_argument("--glm-records", type=int, default=257)
+    parser.add_argument("--glm-records", type=int, default=257, help="of the logistic regression")
     parser.add_argument("--releases", type=int, default=5, help="of the logistic regression")
-    parser.add_argument("--json")
-    parser.add_argument("--figure")
+    parser.add_argument("--figure", help="file for the figure, a PNG")
     parser.add_argument("--earlier", nargs="*", default=[], help="JSON of other runs to draw, too")
     options = parser.parse_args()
     dataset = datasets.load(options.dataset, options.data_dir, "train")
@@ -318,7 +310,6 @@ def main() -> None:
         rows,
         dataset=options.dataset,
         delta=DELTA,
-        jax=jax.__version__,
         benchmark="papers/dp_reconstruction",
     )
     if options.figure:

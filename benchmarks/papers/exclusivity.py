@@ -12,7 +12,6 @@ a mean squared error under 1e-4, `false` those said to be found that are not; `s
 compilation. `sufficient` is the share of random batches that meet the paper's condition.
 """
 
-import argparse
 import pathlib
 import sys
 import time
@@ -27,7 +26,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import timing
 
 import invjax
-from invjax import attacks, datasets, models
+from invjax import attacks, datasets, metrics, models
 from invjax.attacks import imprints
 from invjax.evaluation import utility
 from invjax.report.figures import png
@@ -122,13 +121,10 @@ def measure(name: str, model, params, batches, auxiliary, width: int) -> dict:
             started = time.perf_counter()
             found = jax.block_until_ready(run(key, seen))
             seconds.append(time.perf_counter() - started)
-            truth = np.asarray(batch.inputs).reshape(size, 1, -1)
-            mine = np.asarray(found.inputs).reshape(1, -1, truth.shape[2])
-            error = ((truth - mine) ** 2).mean(axis=2)
-            said = np.asarray(found.found)
-            errors += error.min(axis=1).tolist()
+            errors += metrics.nearest_neighbor(batch.inputs, found.inputs)[1].tolist()
             if name not in MATCHING:
-                false += int((error.min(axis=0)[said] >= CLOSE).sum())
+                apart = metrics.nearest_neighbor(found.inputs, batch.inputs)[1]
+                false += int((apart[found.found] >= CLOSE).sum())
     errors = np.array(errors)
     return {
         "recovered": round(float((errors < CLOSE).mean()), 3),
@@ -181,18 +177,18 @@ def figure(rows, path: str) -> None:
 
 def main() -> None:
     """Measure, print, draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = timing.parser(__doc__, data_dir=True)
     parser.add_argument("--dataset", choices=["digits", "mnist", "cifar10"], default="digits")
-    parser.add_argument("--data-dir")
     parser.add_argument("--widths", type=int, nargs="+", default=[512])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--train-steps", type=int, nargs="+", default=[0])
-    parser.add_argument("--batches", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=5, help="of every size")
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=ATTACKS)
-    parser.add_argument("--spear-limit", type=int, default=8)
-    parser.add_argument("--matching-limit", type=int, default=8)
-    parser.add_argument("--json")
-    parser.add_argument("--figure")
+    parser.add_argument("--spear-limit", type=int, default=8, help="largest batch of SPEAR")
+    parser.add_argument(
+        "--matching-limit", type=int, default=8, help="largest batch of gradient matching"
+    )
+    parser.add_argument("--figure", help="file for the figure, a PNG")
     options = parser.parse_args()
     limits = {"spear": options.spear_limit, **dict.fromkeys(MATCHING, options.matching_limit)}
     data = datasets.load(options.dataset, options.data_dir)
@@ -216,7 +212,7 @@ def main() -> None:
                     print(rows[-1], flush=True)
     print("\n" + timing.table(rows))
     against_matching(rows)
-    timing.write(options.json, rows, jax=jax.__version__, benchmark="papers/exclusivity")
+    timing.write(options.json, rows, benchmark="papers/exclusivity")
     if options.figure:
         figure(rows, options.figure)
 

@@ -16,7 +16,6 @@ of about 0.058. Records are shuffled by another generator's order of the same fi
 start from a truncated normal of deviation one over the root of the fan-in after truncation, not before.
 """
 
-import argparse
 import dataclasses
 import itertools
 import pathlib
@@ -202,8 +201,8 @@ def mnist(options) -> list[dict]:
     def on_epoch(epoch, value, reconstruct):
         if epoch % 10 == 9:
             seconds = time.perf_counter() - started
-            print(f"{seconds:.0f} s: epoch {epoch + 1}: {value:.4f}, {loss(reconstruct):.4f}")
-            sys.stdout.flush()
+            scores = f"{value:.4f}, {loss(reconstruct):.4f}"
+            print(f"{seconds:.0f} s: epoch {epoch + 1}: {scores}", flush=True)
 
     started = time.perf_counter()
     network = reconstructor.network(
@@ -236,15 +235,13 @@ def haiku(model, input_shape):
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = timing.parser(__doc__, data_dir=True)
     parser.add_argument("experiment", choices=["digits", "mnist"])
     parser.add_argument("--shadows", type=int, help="how many; as described where left out")
     parser.add_argument("--epochs", type=int, help="of the network; as described where left out")
-    parser.add_argument("--only", nargs="*", help="settings of digits")
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, help="settings of digits")
     parser.add_argument("--seed", type=int, default=0, help="of the split of digits")
-    parser.add_argument("--data-dir")
     parser.add_argument("--cache", help="a folder for shadows")
-    parser.add_argument("--json")
     options = parser.parse_args()
     rows = {"digits": digits, "mnist": mnist}[options.experiment](options)
     print("\n" + timing.table(rows))
@@ -252,7 +249,6 @@ def main() -> None:
         options.json,
         rows,
         experiment=options.experiment,
-        jax=jax.__version__,
         benchmark="papers/informed_reconstructor",
     )
 

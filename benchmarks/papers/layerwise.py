@@ -10,7 +10,6 @@ under `layerwise` (R-GAP), `hybrid`, DLG and Inverting Gradients. `noise`: the s
 noise on the gradient, relative to every tensor's root mean square. Inputs lie in [-0.5, 0.5], as published.
 """
 
-import argparse
 import pathlib
 import sys
 
@@ -166,18 +165,14 @@ def noise(options) -> list[dict]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = timing.parser(__doc__, data_dir=True)
     parser.add_argument("part", choices=["index", "compare", "noise"])
-    parser.add_argument("--data-dir")
-    parser.add_argument("--images", type=int, default=3)
-    parser.add_argument("--json")
+    parser.add_argument("--images", type=int, default=3, help="of `index` and `compare`")
     parser.add_argument("--figure", help="of the index")
     options = parser.parse_args()
     rows = {"index": index, "compare": compare, "noise": noise}[options.part](options)
     print("\n" + timing.table(rows))
-    timing.write(
-        options.json, rows, jax=jax.__version__, benchmark=f"papers/layerwise {options.part}"
-    )
+    timing.write(options.json, rows, benchmark=f"papers/layerwise {options.part}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ known; it matters much (`--init torch` gives a tenth of the product: the last bi
 energy, and tells nothing).
 """
 
-import argparse
 import functools
 import pathlib
 import sys
@@ -94,14 +93,13 @@ def left(order, leakage, energy) -> list[float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = timing.parser(__doc__)
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--pool", choices=["max_pool", "average_pool"], default="average_pool")
     parser.add_argument("--init", choices=["torch", "he", "lecun", "wide"], default="he")
-    parser.add_argument("--layerwise", action="store_true")
+    parser.add_argument("--layerwise", action="store_true", help="one strength a tensor")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json")
     options = parser.parse_args()
     data, model = datasets.load("digits"), network(options.pool, options.init)
     rng = np.random.default_rng(options.seed)
@@ -142,7 +140,7 @@ def main() -> None:
         )
     ]
     print(timing.table(rows))
-    timing.write(options.json, rows, jax=jax.__version__, benchmark="papers/optimal_defenses")
+    timing.write(options.json, rows, benchmark="papers/optimal_defenses")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ channels in its first group (64 as published) and is trained for `--train-steps`
 standard error over samples; `reliable` is the mean weight that the features were given.
 """
 
-import argparse
 import pathlib
 import sys
 
@@ -87,19 +86,17 @@ def figure(truth, pictures, path: str) -> None:
 
 def main() -> None:
     """Measure, print, draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = timing.parser(__doc__, data_dir=True)
     parser.add_argument("--dataset", choices=["digits", "mnist", "cifar10"], default="digits")
-    parser.add_argument("--data-dir")
     parser.add_argument("--model", choices=["small", "resnet18"], default="small")
-    parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=16, help="of `resnet18`")
+    parser.add_argument("--hidden", type=int, default=1024, help="units of the last hidden layer")
     parser.add_argument("--train-steps", type=int, default=0)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4])
     parser.add_argument("--batches", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--weight", type=float, default=0.1)
+    parser.add_argument("--steps", type=int, default=1000, help="of every attack")
+    parser.add_argument("--weight", type=float, default=0.1, help="of the features")
     parser.add_argument("--defenses", nargs="+", default=DEFENSES)
-    parser.add_argument("--json")
     parser.add_argument("--figure", help="of the first batch without a defence")
     options = parser.parse_args()
     data = datasets.load(options.dataset, options.data_dir)
@@ -140,7 +137,7 @@ def main() -> None:
                 rows.append(row)
                 print(row, flush=True)
     print("\n" + timing.table(rows))
-    timing.write(options.json, rows, jax=jax.__version__, benchmark="papers/strong_attack")
+    timing.write(options.json, rows, benchmark="papers/strong_attack")
 
 
 if __name__ == "__main__":

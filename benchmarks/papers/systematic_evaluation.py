@@ -15,7 +15,6 @@
 * `head`: features behind a classifier's last two layers.
 """
 
-import argparse
 import functools
 import pathlib
 import sys
@@ -24,12 +23,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 import timing
 
 import invjax
-from invjax import Batch, Facts, LocalTraining, Observation, models
+from invjax import Batch, Facts, LocalTraining, Observation, gradients, models
 from invjax.attacks.analytic import tensor as lib
 from invjax.defenses.pruning import prune
 
@@ -77,7 +77,8 @@ def errors(model, attacks, size, width, bias, seeds, defense=None, local=None, b
         if local is None:
             gradient = jax.grad(model.loss)(params, batch)
         else:
-            gradient = local_update(model, params, batch, local)
+            order = jax.random.fold_in(key, 3)
+            gradient = gradients.federated_update(order, model, params, batch, local)
         if defense is not None:
             gradient = defense(jax.random.fold_in(key, 1), gradient)
         facts = Facts(input_shape=(width,), num_classes=1, batch_size=size, local=local)
@@ -86,17 +87,6 @@ def errors(model, attacks, size, width, bias, seeds, defense=None, local=None, b
         return jnp.stack([lib.rmse(each.inputs, batch.inputs) for each in found])
 
     return np.array([one(jax.random.key(seed)) for seed in range(seeds)])
-
-
-def local_update(model, params, batch, local):
-    """Full-batch gradient descent; the library's own takes mini-batches and an optimizer."""
-
-    def step(_, at):
-        gradient = jax.grad(model.loss)(at, batch)
-        return jax.tree.map(lambda a, g: a - local.learning_rate * g, at, gradient)
-
-    end = jax.lax.fori_loop(0, local.num_steps, step, params)
-    return jax.tree.map(jnp.subtract, params, end)
 
 
 def paper_rows(quick: bool) -> list[dict]:
@@ -176,13 +166,7 @@ def regression_rows(quick: bool) -> list[dict]:
 
 def noise(deviation: float, key, gradient):
     """Noise on the sum over two samples, of which the gradient is the mean."""
-    leaves, tree = jax.tree.flatten(gradient)
-    keys = jax.random.split(key, len(leaves))
-    added = [
-        leaf + deviation / 2 * jax.random.normal(k, leaf.shape, leaf.dtype)
-        for leaf, k in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(tree, added)
+    return optax.tree.add_scale(gradient, deviation / 2, optax.tree.random_like(key, gradient))
 
 
 def unit_dropout(rate: float, key, gradient):
@@ -360,20 +344,15 @@ def tensor_section(options) -> list[dict]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    sections = parser.add_subparsers(dest="section", required=True)
-    section = sections.add_parser("tensor", help="the tensor attack on two-layer networks")
-    section.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    section.add_argument("--quick", action="store_true", help="fewer seeds and units")
-    section.add_argument("--json")
+    parser = timing.parser(__doc__)
+    parser.add_argument("section", choices=["tensor"], help="the tensor attack")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--quick", action="store_true", help="fewer seeds and units")
     options = parser.parse_args()
     rows = tensor_section(options)
     timing.write(
         options.json,
         rows,
-        jax=jax.__version__,
         invjax=invjax.__version__,
         benchmark=f"papers/systematic_evaluation {options.section}",
     )

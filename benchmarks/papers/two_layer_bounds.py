@@ -15,7 +15,6 @@ slopes are of least squares in the logarithms; the table of bounds has 1/2, -1/2
 dimension, width, batch size and noise.
 """
 
-import argparse
 import functools
 import pathlib
 import sys
@@ -30,6 +29,7 @@ import timing
 
 import invjax
 from invjax import defenses
+from invjax.attacks.analytic import tensor
 from invjax.base import Batch, Model
 from invjax.report.figures import png
 from invjax.theory import two_layer
@@ -106,8 +106,6 @@ def likelihood(key, dimension, width, batch_size, noise, trials):
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 5, 6))
 def tensor_attack(key, dimension, width, batch_size, noise, trials, name):
     """Squared errors of the tensor attack, which starts from nothing but the gradient."""
-    from invjax.attacks.analytic import tensor
-
     weights, a, batch = problem(key, dimension, width, batch_size)
     model = tensor.two_layer(width, "tanh")
     output = {"kernel": a[:, None], "bias": jnp.full(1, BIAS)}
@@ -188,12 +186,11 @@ def figure(sweeps: dict, columns, constant: float | None, path: str) -> None:
 
 def main() -> None:
     """Measure, print, draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = timing.parser(__doc__)
     parser.add_argument("--attacks", nargs="*", choices=ATTACKS, default=["likelihood", "moments"])
-    parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--batches", type=int, default=2)
-    parser.add_argument("--json")
-    parser.add_argument("--figure")
+    parser.add_argument("--trials", type=int, default=8, help="draws of the noise a batch")
+    parser.add_argument("--batches", type=int, default=2, help="at every setting")
+    parser.add_argument("--figure", help="file for the figure, a PNG")
     options = parser.parse_args()
     known: dict = {}
     sweeps = {}
@@ -216,7 +213,6 @@ def main() -> None:
         options.json,
         rows,
         slopes=exponents,
-        jax=jax.__version__,
         benchmark="papers/two_layer_bounds",
     )
     if options.figure:

@@ -49,7 +49,8 @@ def by_name(
       The attack.
 
     Raises:
-      ValueError: an unknown name (the message lists the known ones) or setting.
+      ValueError: an unknown name (the message lists the known ones) or setting, no attack or
+        several, or what the attack itself refuses.
     """
 
     def bind(make: Callable[..., Attack]) -> Callable[..., Attack]:
@@ -59,13 +60,17 @@ def by_name(
         mine = {name: value for name, value in settings.items() if open_ended or name in parameters}
         return lambda *args, **kwargs: make(*given, *args, **{**mine, **kwargs})
 
-    attacks = calls.build(text, _KNOWN, "attack", bind)
-    if len(attacks) != 1:
-        raise ValueError(f"Name one attack, got {len(attacks)} in {text!r}.")
-    return attacks[0]
+    return calls.build([_single(text)], _KNOWN, "attack", bind)[0]
 
 
-def needs_labels(text: str, labels: str | None = None) -> bool:
+def _single(text: str | Sequence[calls.Call]) -> calls.Call:
+    found = calls.parse(text, "attack") if isinstance(text, str) else text
+    if len(found) != 1:
+        raise ValueError(f"Name one attack, got {len(found)} in {text!r}.")
+    return found[0]
+
+
+def needs_labels(text: str | Sequence[calls.Call], labels: str | None = None) -> bool:
     """Whether an attack reads the labels, so that an experiment must grant them.
 
     Args:
@@ -74,9 +79,11 @@ def needs_labels(text: str, labels: str | None = None) -> bool:
 
     Returns:
       True where its `labels` setting is `known`.
+
+    Raises:
+      ValueError: an unknown name, or text that names no attack or several.
     """
-    ((name, _, settings),) = calls.parse(text, "attack")
+    name, _, settings = _single(text)
     parameters = inspect.signature(calls.resolve(name, _KNOWN, "attack")).parameters
-    if "labels" not in parameters:
-        return labels == "known"
-    return settings.get("labels", labels or parameters["labels"].default) == "known"
+    default = parameters["labels"].default if "labels" in parameters else None
+    return settings.get("labels", labels or default) == "known"

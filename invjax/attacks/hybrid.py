@@ -19,8 +19,7 @@ from invjax.attacks.analytic.layerwise.solvers import Solver
 from invjax.attacks.matching.objectives import cosine_per_layer
 from invjax.attacks.matching.priors import Context, project_to_box, total_variation
 from invjax.base import Array, Attack, Batch, Model, Observation, Reconstruction, closed_form
-from invjax.defenses.checks import check as check_number
-from invjax.defenses.checks import choose
+from invjax.checks import check_choice, check_count, check_number
 from invjax.gradients import gradient_oracle
 from invjax.models.chain import average_pool
 from invjax.models.layers import Layers, apply_layers, layers_of
@@ -59,7 +58,7 @@ def schedule_of(schedule: Schedule, layers: int) -> tuple[Correction, ...]:
     Args:
       schedule: `paper` (the code of Chen and Campbell 2022) or `ours`: weights that served better
         on small images, and no correction where the system is of full rank and solved.
-      layers: convolutions.
+      layers: number of convolutions.
 
     Returns:
       The corrections, from the input on.
@@ -67,7 +66,7 @@ def schedule_of(schedule: Schedule, layers: int) -> tuple[Correction, ...]:
     Raises:
       ValueError: an unknown name.
     """
-    choose("schedule", schedule, get_args(Schedule))
+    check_choice("schedule", schedule, get_args(Schedule))
     if schedule == "ours":
         image = Correction(6000, 30.0, 0.2, 0.05, 0.1, decay=True, adaptive=True)
         inner = image._replace(steps=1000, linear=0.1)
@@ -121,6 +120,7 @@ def hybrid(
     else:
         schedule = tuple(schedule)
         for correction in schedule:
+            check_count("schedule: steps", correction.steps, 0)
             for name, value in correction._asdict().items():
                 check_number(f"schedule: {name}", value, 0.0)
     check_settings(solver, branch, rtol, tolerance)

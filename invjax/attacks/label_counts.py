@@ -7,10 +7,17 @@ import jax.numpy as jnp
 import optax
 
 from invjax import conv
-from invjax.attacks.labels import Head, find_head
+from invjax.attacks.heads import (
+    FindHead,
+    batch_size_of,
+    head_gradient,
+    head_of,
+    local_steps,
+    probabilities,
+)
 from invjax.base import Array, Model, Observation, Params
-from invjax.defenses.checks import check, choose
-from invjax.observe import check_observation, per_step_gradient
+from invjax.checks import check_choice, check_count
+from invjax.observe import check_observation
 
 Form = Literal["auto", "weight", "bias"]
 
@@ -22,16 +29,16 @@ def estimate_label_counts(
     num_dummies: int = 3000,
     form: Form = "auto",
     batch_size: int | None = None,
-    head: Head | None = None,
+    head: FindHead | None = None,
 ) -> Array:
     """Label counts of an update (Dimitrov et al. 2022, after Geng et al. 2021).
 
     With softmax cross-entropy the mean gradient of the last layer is, in class `c`, `p_c - n_c / K`
     in the bias, and about that times the sum of the features `O` in the sum `W_c` of the weights.
-    So the counts are `n_c = K p_c - K W_c / O`, or `K p_c - K b_c` with the bias gradient, all a
-    local step. Means of `p` and `O` over normal noise stand in for the unknown ones; those of a
-    step are interpolated between the sent and the returned parameters, and the counts averaged over
-    the steps. Unlike `labels.estimate_counts`, whole numbers come out, and exactly `K` of them.
+    So the counts are `n_c = K p_c - K W_c / O`, or `K p_c - K b_c` with the bias gradient. Means of
+    `p` and `O` over normal noise stand in for the unknown ones; those of a local step are
+    interpolated between the sent and the returned parameters, and the counts averaged over the
+    steps. Unlike `labels.estimate_counts`, whole numbers come out, and exactly `K` of them.
 
     Departures: the bias form is not in the paper; a negative count goes by projection on the
     simplex before the rounding, where they cut it off and correct the sum afterwards.
@@ -41,7 +48,8 @@ def estimate_label_counts(
       model: the model, with a dense head under softmax cross-entropy.
       observation: what the adversary was granted; a plain gradient counts as one step.
       num_dummies: normal inputs, all at once in memory.
-      form: `weight` as published, `bias`, or `auto`: `bias` where the head has one.
+      form: `weight` as published, which wants features whose sum is far from zero (ReLU, sigmoid);
+        `bias`; or `auto`: `bias` where the head has one.
       batch_size: `K`, static; the observation's own or the client's samples where `None`.
       head: `tree -> (weight [in, C], bias [C] or None)`; `labels.find_head` where `None`.
 
@@ -52,10 +60,10 @@ def estimate_label_counts(
       ValueError: an unknown form, or one that needs a bias where there is none; a number out of
         range; local training by another optimizer than SGD; no gradient, or no head found.
     """
-    choose("form", form, get_args(Form))
-    check("num_dummies", num_dummies, 1)
+    check_choice("form", form, get_args(Form))
+    check_count("num_dummies", num_dummies, 1)
     check_observation(model, observation)
-    size = _size(observation, batch_size)
+    size = batch_size_of(observation, batch_size)
     dummies = jax.random.normal(key, (num_dummies, *observation.facts.input_shape))
     shares = _shares(model, observation, dummies, form, head)
     return round_counts(size * shares, size)
@@ -67,10 +75,10 @@ def round_counts(estimate: Array, total: int) -> Array:
     Args:
       estimate: `[C]`; projected on the simplex of sum `total` first, which changes nothing where
         no count is negative and the sum is right.
-      total: their sum.
+      total: their sum, static.
 
     Returns:
-      `[C]` integers that are not negative.
+      `[C]` integers that are not negative and add up to `total`.
     """
     shares = optax.projections.projection_simplex(estimate, total)
     floor = jnp.floor(shares)
@@ -93,21 +101,13 @@ def labels_of(counts: Array, total: int) -> Array:
 
 
 def _shares(
-    model: Model, observation: Observation, dummies: Array, form: Form, head: Head | None
+    model: Model, observation: Observation, dummies: Array, form: Form, head: FindHead | None
 ) -> Array:
     """`[C]` estimated shares of the classes, real numbers."""
-    steps = _steps(observation)
-
-    def head_of(tree: Params) -> tuple[Array, Array | None]:
-        return find_head(model, tree) if head is None else head(tree)
-
-    weight, bias = head_of(per_step_gradient(observation))
+    weight, bias = head_gradient(model, observation, head)
+    steps = local_steps(observation)
     if form == "bias" and bias is None:
         raise ValueError(f"form='bias', but the last layer of {model.name} has none; use 'weight'.")
-    if model.num_classes == 1:
-        # The softmax of (0, logit).
-        both = jnp.array([-1.0, 1.0], weight.dtype)
-        weight, bias = weight * both[None], None if bias is None else bias * both
     matching = conv.for_matching(model)
 
     def first_logit(params: Params) -> tuple[Array, Array]:
@@ -119,41 +119,16 @@ def _shares(
     def statistics(params: Params) -> tuple[Array, Array]:
         """Mean probabilities and the mean sum of the features, which is a derivative of a logit."""
         slope, logits = jax.grad(first_logit, has_aux=True)(params)
-        if model.num_classes == 1:
-            logits = jnp.concatenate([jnp.zeros_like(logits), logits], axis=1)
-        return jax.nn.softmax(logits).mean(axis=0), head_of(slope)[0][:, 0].sum()
+        return probabilities(logits), head_of(model, slope, head)[0][:, 0].sum()
 
     start = statistics(observation.params)
     end = start
     if steps > 1:
         end = statistics(optax.tree.sub(observation.params, observation.gradient))
     fraction = jnp.arange(steps) / steps
-    probabilities = start[0] + fraction.mean() * (end[0] - start[0])
+    mean = start[0] + fraction.mean() * (end[0] - start[0])
     if bias is None or form == "weight":
-        bias = weight.sum(axis=0) * jnp.mean(1 / (start[1] + fraction * (end[1] - start[1])))
-    return probabilities - bias
-
-
-def _steps(observation: Observation) -> int:
-    local = observation.facts.local
-    if local is None:
-        return 1
-    if local.optimizer != "sgd":
-        raise ValueError(
-            "Label counts are read off sums of gradients, so observation.facts.local.optimizer must "
-            f"be 'sgd', got {local.optimizer!r}."
-        )
-    return local.num_steps
-
-
-def _size(observation: Observation, batch_size: int | None) -> int:
-    facts = observation.facts
-    size = facts.batch_size if batch_size is None else batch_size
-    if size is None and facts.local is not None:
-        size = facts.local.num_samples
-    if size is None:
-        raise ValueError(
-            "The observation does not say how many samples there are: give batch_size."
-        )
-    check("batch_size", size, 1)
-    return size
+        features = start[1] + fraction * (end[1] - start[1])
+        # Without any feature the gradient says nothing, and the shares are the probabilities.
+        bias = weight.sum(axis=0) * jnp.mean(1 / jnp.where(features == 0, jnp.inf, features))
+    return mean - bias

@@ -7,62 +7,22 @@ with one logit is read as the softmax of `(0, logit)`. All but `estimate_batch_s
 of its samples.
 """
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from invjax.base import Array, Model, Observation, Params, PyTree
-from invjax.observe import check_observation, per_step_gradient
+from invjax.attacks.heads import DummyHead, FindHead, batch_size_of, dummy_head, head_gradient
+from invjax.attacks.heads import find_head as find_head
+from invjax.attacks.label_counts import labels_of
+from invjax.base import Array, Model, Observation
+from invjax.checks import check_choice, check_count
 
-Head = Callable[[PyTree], tuple[Array, Array | None]]
 Method = Literal["auto", "idlg", "row_minimum", "counts"]
 
-_NUM_NOISE = 64
-_MAX_AUXILIARY = 512
-_MAX_POINTS = 8
 
-
-def find_head(model: Model, tree: PyTree) -> tuple[Array, Array | None]:
-    """The last dense layer's part of a parameter or gradient tree.
-
-    Args:
-      model: the model; its layer view is used where it has one. Otherwise the head is the one
-        leaf of shape `[in, C]`, and its bias the one leaf of shape `[C]` beside it.
-      tree: parameters or a gradient: nnx state, linen dictionary or any other tree.
-
-    Returns:
-      Weight `[in, C]` and bias `[C]` or `None`.
-
-    Raises:
-      ValueError: no leaf looks like the head, or several do.
-    """
-    classes = model.num_classes
-    if model.layers is not None:
-        kind, weight, bias = [
-            (layer.kind, layer.weight, layer.bias)
-            for layer in model.layers(tree)
-            if layer.weight is not None
-        ][-1]
-        if kind != "dense" or weight.shape[-1] != classes:
-            raise _no_head(f"the last layer is {kind} of shape {weight.shape}", classes)
-        return weight, bias
-    leaves = [(_location(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
-    weights = [pair for pair in leaves if pair[1].ndim == 2 and pair[1].shape[1] == classes]
-    if len(weights) != 1:
-        raise _no_head(f"{len(weights)} leaves have that shape", classes)
-    ((path, weight),) = weights
-    biases = [
-        leaf for other, leaf in leaves if other[:-1] == path[:-1] and leaf.shape == (classes,)
-    ]
-    if len(biases) > 1:
-        raise _no_head(f"{len(biases)} leaves beside it could be its bias", classes)
-    return weight, biases[0] if biases else None
-
-
-def idlg(model: Model, observation: Observation, head: Head | None = None) -> Array:
+def idlg(model: Model, observation: Observation, head: FindHead | None = None) -> Array:
     """Label of a single sample (iDLG, Zhao et al. 2020): the one class whose gradient is negative.
 
     With a bias, that is the lowest bias gradient. Without one, the label's column of the weight
@@ -81,7 +41,7 @@ def idlg(model: Model, observation: Observation, head: Head | None = None) -> Ar
     Raises:
       ValueError: no gradient, or no head found.
     """
-    weight, bias = _head_gradient(model, observation, head)
+    weight, bias = head_gradient(model, observation, head)
     if bias is not None:
         return jnp.argmin(bias)[None]
     classes = weight.shape[1]
@@ -92,7 +52,7 @@ def idlg(model: Model, observation: Observation, head: Head | None = None) -> Ar
 
 
 def row_minimum(
-    model: Model, observation: Observation, batch_size: int, head: Head | None = None
+    model: Model, observation: Observation, batch_size: int, head: FindHead | None = None
 ) -> Array:
     """Labels of a batch without repeats (GradInversion, Yin et al. 2021).
 
@@ -109,9 +69,10 @@ def row_minimum(
       `[B]` different labels in rising order.
 
     Raises:
-      ValueError: more samples than classes, no gradient, or no head found.
+      ValueError: no samples or more than classes, no gradient, or no head found.
     """
-    weight, _ = _head_gradient(model, observation, head)
+    check_count("batch_size", batch_size, 1)
+    weight, _ = head_gradient(model, observation, head)
     if batch_size > weight.shape[1]:
         raise ValueError(
             f"row_minimum knows no repeats: batch_size must be at most {weight.shape[1]}, "
@@ -121,7 +82,7 @@ def row_minimum(
 
 
 def estimate_counts(
-    model: Model, observation: Observation, batch_size: int, head: Head | None = None
+    model: Model, observation: Observation, batch_size: int, head: FindHead | None = None
 ) -> Array:
     """How often every class occurs, as real numbers (Dimitrov et al. 2022).
 
@@ -144,14 +105,16 @@ def estimate_counts(
       `[C]` estimated counts, 2 for one logit; their sum is near `B`, and some may be below zero.
 
     Raises:
-      ValueError: local training by another optimizer than SGD, no gradient, or no head found.
+      ValueError: no samples, local training by another optimizer than SGD, no gradient, or no head
+        found.
     """
-    weight, bias = _head_gradient(model, observation, head)
-    return _estimate(weight, bias, _dummy_head(model, observation, head), batch_size)
+    check_count("batch_size", batch_size, 1)
+    weight, bias = head_gradient(model, observation, head)
+    return _estimate(weight, bias, dummy_head(model, observation, head), batch_size)
 
 
 def counts(
-    model: Model, observation: Observation, batch_size: int, head: Head | None = None
+    model: Model, observation: Observation, batch_size: int, head: FindHead | None = None
 ) -> Array:
     """Labels of a batch with repeats: `estimate_counts` in whole numbers, corrected by signs.
 
@@ -172,10 +135,12 @@ def counts(
       `[B]` labels in rising order.
 
     Raises:
-      ValueError: local training by another optimizer than SGD, no gradient, or no head found.
+      ValueError: no samples, local training by another optimizer than SGD, no gradient, or no head
+        found.
     """
-    weight, bias = _head_gradient(model, observation, head)
-    dummy = _dummy_head(model, observation, head)
+    check_count("batch_size", batch_size, 1)
+    weight, bias = head_gradient(model, observation, head)
+    dummy = dummy_head(model, observation, head)
     estimate = _estimate(weight, bias, dummy, batch_size)
     present = _certainly_present(weight, bias, dummy.nonnegative)
 
@@ -186,7 +151,7 @@ def counts(
         return assigned.at[jnp.argmax(estimate - assigned + lift)].add(1)
 
     assigned = jax.lax.fori_loop(0, batch_size, give, jnp.zeros(estimate.shape, jnp.int32))
-    return jnp.repeat(jnp.arange(estimate.size), assigned, total_repeat_length=batch_size)
+    return labels_of(assigned, batch_size)
 
 
 def recover(
@@ -194,7 +159,7 @@ def recover(
     observation: Observation,
     batch_size: int | None = None,
     method: Method = "auto",
-    head: Head | None = None,
+    head: FindHead | None = None,
 ) -> Array:
     """Labels of a batch from its gradient.
 
@@ -214,19 +179,8 @@ def recover(
       ValueError: an unknown method, an unknown or non-positive batch size, several samples for
         `idlg`, or what the method itself refuses.
     """
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}.")
-    facts = observation.facts
-    size = facts.batch_size if batch_size is None else batch_size
-    if size is None and facts.local is not None:
-        size = facts.local.num_samples
-    if size is None:
-        raise ValueError(
-            "The observation does not say how many samples there are: give batch_size, "
-            "or estimate it with invjax.attacks.labels.estimate_batch_size."
-        )
-    if size < 1:
-        raise ValueError(f"batch_size must be positive, got {size}.")
+    check_choice("method", method, get_args(Method))
+    size = batch_size_of(observation, batch_size)
     if method == "idlg" and size != 1:
         raise ValueError(f"idlg recovers the label of one sample, the batch has {size}.")
     if method == "idlg" or (method == "auto" and size == 1):
@@ -240,7 +194,7 @@ def estimate_batch_size(
     model: Model,
     observation: Observation,
     max_batch_size: int = 64,
-    head: Head | None = None,
+    head: FindHead | None = None,
     tolerance: float = 0.15,
 ) -> int:
     """The smallest batch size at which all class counts are near whole numbers. Runs on the host.
@@ -264,7 +218,7 @@ def estimate_batch_size(
     Raises:
       ValueError: a head without bias, no size fits, or what `estimate_counts` refuses.
     """
-    if _head_gradient(model, observation, head)[1] is None:
+    if head_gradient(model, observation, head)[1] is None:
         raise ValueError(
             f"estimate_batch_size needs a last layer with a bias; that of {model.name} has none."
         )
@@ -279,45 +233,7 @@ def estimate_batch_size(
     )
 
 
-class _DummyHead(NamedTuple):
-    """The head on dummy inputs.
-
-    Attributes:
-      probabilities: `[C]` mean probabilities.
-      feature: `[in]` mean input of the head.
-      nonnegative: whether no feature of any dummy is negative.
-    """
-
-    probabilities: Array
-    feature: Array
-    nonnegative: Array
-
-
-def _no_head(problem: str, classes: int) -> ValueError:
-    return ValueError(
-        f"Cannot tell the head, a dense layer of shape [in, {classes}]: {problem}. "
-        "Give head=, a function of a tree that returns its (weight [in, C], bias [C] or None)."
-    )
-
-
-def _location(path: tuple) -> tuple:
-    """A leaf's path without the `.value` that nnx state ends it with."""
-    return path[:-1] if path and getattr(path[-1], "name", None) == "value" else path
-
-
-def _head_gradient(
-    model: Model, observation: Observation, head: Head | None
-) -> tuple[Array, Array | None]:
-    check_observation(model, observation)
-    tree = per_step_gradient(observation)
-    weight, bias = find_head(model, tree) if head is None else head(tree)
-    if weight.shape[1] > 1:
-        return weight, bias
-    both = jnp.array([-1.0, 1.0], weight.dtype)
-    return jnp.outer(weight[:, 0], both), None if bias is None else bias[0] * both
-
-
-def _estimate(weight: Array, bias: Array | None, dummy: _DummyHead, batch_size: int) -> Array:
+def _estimate(weight: Array, bias: Array | None, dummy: DummyHead, batch_size: int) -> Array:
     if bias is None:
         # The sum of the features, or their projection on the mean, stands in for the bias.
         direction = jnp.where(dummy.nonnegative, 1.0, dummy.feature)
@@ -334,70 +250,3 @@ def _certainly_present(weight: Array, bias: Array | None, nonnegative: Array) ->
     noise = jnp.sqrt(jnp.mean(jnp.square(rows.sum(axis=1))) / rows.shape[1])
     # The lowest of n normal deviates is near -sqrt(2 log n); one more is the margin.
     return lowest < -noise * (1 + np.sqrt(2 * np.log(rows.size)))
-
-
-def _dummy_head(model: Model, observation: Observation, head: Head | None) -> _DummyHead:
-    local = observation.facts.local
-    if local is not None and local.optimizer != "sgd":
-        raise ValueError(
-            f"Class counts are read off updates of local SGD, facts.local.optimizer is "
-            f"{local.optimizer!r}; use method='row_minimum'."
-        )
-    inputs = _dummy_inputs(observation)
-    points = 1 if local is None else min(local.num_steps, _MAX_POINTS)
-
-    def at(fraction: Array | float) -> _DummyHead:
-        params = jax.tree.map(
-            lambda start, update: start - fraction * update,
-            observation.params,
-            observation.gradient,
-        )
-        logits = model.apply(params, inputs)
-        if logits.shape[1] == 1:
-            logits = jnp.concatenate([jnp.zeros_like(logits), logits], axis=1)
-        features = _features(model, params, inputs, head)
-        return _DummyHead(
-            probabilities=jax.nn.softmax(logits).mean(axis=0),
-            feature=features.mean(axis=0),
-            nonnegative=(features >= 0).all(),
-        )
-
-    if points == 1:
-        return at(0.0)
-    # Not by vmap: convolutions with a kernel for each point are slow on CPU.
-    along = jax.lax.map(at, jnp.arange(points) / points)
-    return _DummyHead(
-        probabilities=along.probabilities.mean(axis=0),
-        feature=along.feature.mean(axis=0),
-        nonnegative=along.nonnegative.all(),
-    )
-
-
-def _features(model: Model, params: Params, inputs: Array, head: Head | None) -> Array:
-    """`[N, in]` inputs of the head: derivatives of the first logit in the weight's first column."""
-
-    def weight_of(tree):
-        return (find_head(model, tree) if head is None else head(tree))[0]
-
-    weight, embed = jax.vjp(weight_of, params)
-
-    def first_logit(column: Array, one: Array) -> Array:
-        (step,) = embed(jnp.zeros_like(weight).at[:, 0].set(column))
-        return model.apply(jax.tree.map(jnp.add, params, step), one[None])[0, 0]
-
-    zero = jnp.zeros(weight.shape[0], weight.dtype)
-    return jax.vmap(jax.grad(first_logit), in_axes=(None, 0))(zero, inputs)
-
-
-def _dummy_inputs(observation: Observation) -> Array:
-    facts = observation.facts
-    if observation.auxiliary is not None:
-        inputs = observation.auxiliary.inputs
-        return inputs[:: -(-inputs.shape[0] // _MAX_AUXILIARY)]
-    low, high = (
-        jnp.broadcast_to(jnp.asarray(bound, jnp.float32), facts.input_shape)[None]
-        for bound in facts.input_range
-    )
-    # Drawn on the host: a constant of the compiled code, which XLA would fold slowly from a key.
-    noise = np.random.default_rng(0).random((_NUM_NOISE, *facts.input_shape), np.float32)
-    return low + (high - low) * noise

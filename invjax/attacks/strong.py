@@ -1,5 +1,6 @@
 """The strong attack on deep networks: an untrained generator, guided by features that algebra recovers."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -21,7 +22,7 @@ from invjax.attacks.matching import generator as generators
 from invjax.attacks.matching import objectives, presets, priors
 from invjax.attacks.matching.loop import gradient_matching, normal
 from invjax.base import Array, Attack, Batch, Model, Observation
-from invjax.defenses.checks import check, choose
+from invjax.checks import check_choice, check_number
 from invjax.models.layers import apply_layers
 from invjax.observe import check_observation, per_step_gradient
 
@@ -89,11 +90,12 @@ def strong(
       learning_rate: 5e-3 by default for the generator's weights (Adam), 0.1 for pixels.
       num_steps: steps.
       restarts: independent starts.
-      noise_std: standard deviation of a defence's noise, for the recovery of the features.
+      noise_std: standard deviation of a defence's noise on every entry of the gradient, for the
+        recovery of the features; in a federated round on the scale of one gradient.
       labels: `known` takes those that the observation grants, `recovered` those recovered with the
         features, or from the last layer where these are not reliable, whatever is granted; where
         `None`, those granted, if any.
-      **settings: of `gradient_matching`.
+      **settings: of `gradient_matching`; not `objective` or `candidate`, which the guide is.
 
     Returns:
       The attack. `diagnostics` holds the `Guidance` besides; features are only sought where they or
@@ -102,13 +104,16 @@ def strong(
     Raises:
       ValueError: an unknown guide, a number out of range, or a model without such a head; at its
         first use, an observation that does not fit, or that does not grant `known` labels.
+      TypeError: an `objective` or a `candidate` among the settings.
     """
-    choose("guide", guide, get_args(Guide))
-    choose("labels", labels or "known", get_args(Labels))
-    check("weight", weight, 0.0)
-    check("tolerance", tolerance, 0.0, open_low=True)
-    head = model.head
-    if head is None:
+    check_choice("guide", guide, get_args(Guide))
+    check_choice("labels", labels or "known", get_args(Labels))
+    check_number("weight", weight, 0.0)
+    check_number("tolerance", tolerance, 0.0, open_low=True)
+    if learning_rate is None:
+        learning_rate = 0.1 if generator is None else 5e-3
+    check_number("learning_rate", learning_rate, 0.0, open_low=True)
+    if model.head is None:
         raise ValueError(f"The model {model.name} does not tell its dense head.")
 
     def candidate(model: Model, observation: Observation, batch: Batch, variables):
@@ -126,31 +131,36 @@ def strong(
         seen = observation._replace(gradient=per_step_gradient(observation))
         return objectives.cosine().value(gradient, seen) + weight * penalty
 
-    def matching(shape: tuple[int, ...], known: Guidance | None = None) -> Attack:
-        """The loop; only its start needs the guidance, which it carries along from there."""
-        drawn = None if generator is None else generators.generated(generator(shape))
-        begin = normal() if drawn is None else drawn[0]
-        rate = learning_rate or (0.1 if drawn is None else 5e-3)
-        pixels = {
-            "optimizer": presets.signed_adam(rate, num_steps),
-            "constraint": priors.project_to_box,
-        }
+    fixed: dict[str, Any] = {
+        "objective": objectives.Objective(distance, name="cosine_and_features"),
+        "candidate": candidate,
+        "num_steps": num_steps,
+        "restarts": restarts,
+        # Whatever their source, the labels are known before the loop starts.
+        "labels": "known",
+    }
+    plan: dict[str, Any] = {
+        "prior": priors.combine(*presets.smoothness(total_variation, "anisotropic")),
+        **_variables(generator, learning_rate, num_steps),
+        **settings,
+    }
+    loop = gradient_matching(model, **fixed, **plan)
+
+    def started(known: Guidance) -> Attack:
+        """The loop for its start alone, whence it carries the guidance along."""
 
         def start(key: Array, shape: tuple[int, ...], observation: Observation):
-            first = begin(key, shape, observation)
+            first = plan["initializer"](key, shape, observation)
             return {**(first if isinstance(first, dict) else {"inputs": first}), "known": known}
 
-        plan: dict[str, Any] = {
-            "objective": objectives.Objective(distance, name="cosine_and_features"),
-            "prior": priors.combine(*presets.smoothness(total_variation, "anisotropic")),
-            "initializer": start,
-            "candidate": candidate,
-            **(pixels if drawn is None else {"optimizer": optax.adam(rate), "decode": drawn[1]}),
-            **settings,
-        }
-        # Whatever their source, the labels are known before the loop starts.
-        plan["labels"] = "known"
-        return gradient_matching(model, num_steps=num_steps, restarts=restarts, **plan)
+        begun: dict[str, Any] = {**plan, "initializer": start}
+        return gradient_matching(model, **fixed, **begun)
+
+    def size_of(observation: Observation) -> int:
+        size = settings.get("batch_size") or observation.facts.batch_size
+        if size is None:
+            raise ValueError("The strong attack needs an observation that tells its batch_size.")
+        return size
 
     def granted(observation: Observation) -> Array | None:
         return None if labels == "recovered" else observation.labels
@@ -159,26 +169,31 @@ def strong(
         """Those of the features if these can be relied on; noise costs them long before the others."""
         if model.num_classes < 2:
             return found.labels
-        counted = label_recovery.recover(model, observation)
+        counted = label_recovery.recover(model, observation, size_of(observation))
         return jnp.where((_trust(found.residual, tolerance) > 0).all(), found.labels, counted)
 
     def seeks_features(observation: Observation) -> bool:
         return guide == "features" or granted(observation) is None
 
     def check_head(observation: Observation) -> None:
-        check_observation(model, observation)
+        if granted(observation) is None:
+            check_observation(model, observation)
+        else:
+            assert loop.check is not None
+            loop.check(observation)
         hidden, _ = head_layers(model, observation.params)
-        if observation.facts.batch_size is None:
-            raise ValueError("The strong attack needs an observation that tells its batch_size.")
+        size = size_of(observation)
         if labels == "known" and observation.labels is None:
             raise ValueError("labels='known', but the observation grants none: use 'recovered'.")
         if seeks_features(observation):
             problem = head_problem(model, observation.params, observation.gradient)
-            check_size(_size(observation), problem, hidden.activation, "outer")
+            check_size(size, problem, hidden.activation, "outer")
+        if generator is not None:
+            generator(observation.facts.input_shape)
 
     def init(key: Array, observation: Observation):
         head_key, key = jax.random.split(key)
-        gradient, size = per_step_gradient(observation), _size(observation)
+        gradient, size = per_step_gradient(observation), size_of(observation)
         if seeks_features(observation):
             found = head_features(
                 model, observation.params, gradient, size, key=head_key, noise_std=noise_std
@@ -189,26 +204,37 @@ def strong(
         else:
             mine = observation.labels
             known = only_span(*head_span(model, gradient, size), tolerance)
-        inner = matching(observation.facts.input_shape, known)
-        return inner.init(key, observation._replace(labels=mine))
-
-    def step(observation: Observation, state):
-        return matching(observation.facts.input_shape).step(observation, state)
+        return started(known).init(key, observation._replace(labels=mine))
 
     def result(observation: Observation, state):
-        found = matching(observation.facts.input_shape).result(observation, state)
+        found = loop.result(observation, state)
         known = jax.tree.map(lambda leaf: leaf[0], state.best["known"])
         return found._replace(diagnostics={**found.diagnostics, **known._asdict()})
 
-    return Attack(
-        init,
-        step,
-        result,
-        num_steps,
-        done=lambda state: state.finished.all(),
-        objective=lambda state: jnp.min(state.best_value),
-        check=check_head,
-    )
+    return dataclasses.replace(loop, init=init, result=result, check=check_head)
+
+
+def _variables(
+    generator: Callable[[Sequence[int]], generators.Generator] | None,
+    learning_rate: float,
+    num_steps: int,
+) -> dict[str, Any]:
+    """What the loop optimises, and how: a generator's weights, or pixels."""
+    if generator is None:
+        return {
+            "initializer": normal(),
+            "optimizer": presets.signed_adam(learning_rate, num_steps),
+            "constraint": priors.project_to_box,
+        }
+
+    def begin(key: Array, shape: tuple[int, ...], observation: Observation):
+        return generators.generated(generator(shape[1:]))[0](key, shape, observation)
+
+    def decode(variables, observation: Observation) -> Array:
+        made = generator(observation.facts.input_shape)
+        return generators.generated(made)[1](variables, observation)
+
+    return {"initializer": begin, "decode": decode, "optimizer": optax.adam(learning_rate)}
 
 
 def guidance(found: HeadFeatures, labels: Array, tolerance: float) -> Guidance:
@@ -277,8 +303,3 @@ def disagreement(guide: Guide, features: Array, known: Guidance) -> Array:
     norms = jnp.sum(jnp.square(mine), axis=1) * jnp.sum(jnp.square(theirs), axis=1)
     cosine = dot / jnp.sqrt(jnp.maximum(norms, 1e-30))
     return jnp.mean(known.reliability * (1.0 - cosine))
-
-
-def _size(observation: Observation) -> int:
-    assert observation.facts.batch_size is not None
-    return observation.facts.batch_size

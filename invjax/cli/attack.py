@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 from invjax import attacks, datasets, defenses, driver, models, report
+from invjax.cli import shared
 from invjax.evaluation import run, store
 
 
@@ -49,14 +50,16 @@ class AttackConfig:
     defense: tuple[str, ...] = ("none",)
     """Defences in the order in which they act: 'clip(1.0),gaussian(0.01)', or several values."""
     attack: str = "dlg"
-    """dlg, idlg, inverting_gradients, gradinversion, tag, bayes; exact, for dense networks: bias_trick,
-    exclusivity, row_scan, spear; for one image and convolutions: layerwise, hybrid; perhaps with settings."""
+    """By matching gradients: dlg, idlg, inverting_gradients, gradinversion, tag, bayes, strong.
+    Without a search, for dense networks: bias_trick, exclusivity, row_scan, spear, tensor.
+    For one image and convolutions: layerwise, hybrid.
+    Perhaps with settings: 'tag(restarts=8)'; or a function of a module of yours: 'mylab.mine(0.1)'."""
     batch_size: int = 1
     """Samples behind one gradient."""
     num_victims: int = 8
     """Gradients to attack, each on its own."""
     restarts: int | None = None
-    """Independent starts; the best by the attack's own objective counts; its own if not given."""
+    """Independent starts, of which the best by the objective counts; the attack's own (4 of dlg)."""
     steps: int | None = None
     """Steps of the attack, at most; its own if not given."""
     labels: Literal["known", "recovered", "joint"] | None = None
@@ -79,12 +82,15 @@ def attack(argv: Sequence[str]) -> int:
       The exit code: 0, 1 if writing failed, 2 for bad input, 130 if interrupted.
     """
     config = tyro.cli(AttackConfig, args=argv, prog="invjax attack")
-    try:
-        experiment, out = prepare(config)
-    except (ValueError, TypeError) as error:
-        print(f"invjax attack: {error}", file=sys.stderr)
-        return 2
-    return execute(config, experiment, out, Console())
+
+    def work() -> int:
+        try:
+            experiment, out = prepare(config)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        return execute(config, experiment, out, Console())
+
+    return shared.guarded("attack", work)
 
 
 def prepare(config: AttackConfig) -> tuple[run.Experiment, pathlib.Path]:
@@ -98,6 +104,7 @@ def prepare(config: AttackConfig) -> tuple[run.Experiment, pathlib.Path]:
 
     Raises:
       ValueError: anything amiss, by the option's name.
+      TypeError: settings in the text of a model of a wrong type.
     """
     for name in ("batch_size", "num_victims", "restarts", "steps"):
         value = getattr(config, name)
@@ -270,8 +277,7 @@ def contents(
     config: AttackConfig, experiment: run.Experiment, outcome: run.Outcome
 ) -> dict[str, bytes]:
     """The files of a run folder, by name."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items()}
-    settings["defense"] = experiment.defense.name
+    settings = dataclasses.asdict(config) | {"defense": experiment.defense.name}
     made = store.versions()
     flat_truth = outcome.truth.reshape(-1, *outcome.truth.shape[2:])
     flat_reconstruction = outcome.reconstruction.reshape(flat_truth.shape)
@@ -281,11 +287,12 @@ def contents(
         "comparison.png": report.comparison(flat_truth, flat_reconstruction, captions, span),
         "objective.png": report.objective_curves(outcome.trace),
     }
-    columns = {**{name: str(value) for name, value in settings.items()}, **made}
-    rows = [
-        {**row, "interrupted": outcome.interrupted, "seconds": outcome.seconds, **columns}
-        for row in outcome.rows
-    ]
+    plain = {
+        name: str(value) if isinstance(value, pathlib.Path) else value
+        for name, value in settings.items()
+    }
+    whole = {"interrupted": outcome.interrupted, "seconds": outcome.seconds, **plain, **made}
+    rows = [row | whole for row in outcome.rows]
     page = report.attack_page(
         headline=f"{config.attack} on {experiment.model.name}: {experiment.dataset.name}",
         lead=summary(outcome),

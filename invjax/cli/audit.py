@@ -37,8 +37,8 @@ class AuditConfig:
     """
 
     model: tyro.conf.Positional[str]
-    """A model as `invjax attack --model` takes it, or a reference architecture of layer-wise
-    reconstruction: cnn2_c1, cnn3_c2, lenet2, cnn6_d, ..."""
+    """A model as `invjax attack --model` takes it.
+    Among them the reference architectures of layer-wise attacks: cnn2_c1, cnn3_c2, lenet2, cnn6_d, ..."""
     input_shape: tuple[int, int, int] = (32, 32, 3)
     """Height, width and channels of its inputs."""
     num_classes: int = 10

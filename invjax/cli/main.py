@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
         hint = calls.nearest(argv[0], COMMANDS)
-        print(f"invjax: unknown command {argv[0]!r}: known are {known}.{hint}", file=sys.stderr)
+        text = f"invjax: unknown command {argv[0]!r}: known are {known}.{hint} See invjax --help."
+        print(text, file=sys.stderr)
         return 2
     use_compilation_cache()
     return COMMANDS[argv[0]][0](argv[1:])

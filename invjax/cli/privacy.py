@@ -36,12 +36,11 @@ RECORDS = 10
 class PrivacyConfig:
     """Tell how often, and how well, records can be reconstructed from DP-SGD with these parameters.
 
-    For instance, with a uniform prior on ten records, and with one on images of norm 1:
+    For instance, with a uniform prior on ten records:
 
     invjax privacy --num-samples 60000 --batch-size 600 --steps 2000 --noise-multiplier 1.0
 
-    invjax privacy --num-samples 60000 --batch-size 600 --steps 2000 --noise-multiplier 1.0 --prior sphere
-    --dimension 784 --eta 0.5
+    For one on images of norm 1, add: --prior sphere --dimension 784 --eta 0.5
     """
 
     num_samples: int
@@ -57,8 +56,7 @@ class PrivacyConfig:
     delta: float = 1e-5
     """Of (epsilon, delta)-differential privacy."""
     prior: Literal["uniform", "sphere", "ball"] | None = None
-    """What the adversary holds for possible: uniform on so many records (as if not given), or on a
-    sphere, or a ball."""
+    """What the adversary holds for possible; uniform on some records if not given."""
     records: int | None = None
     """Number of records of the uniform prior (10 if not given)."""
     dimension: int | None = None

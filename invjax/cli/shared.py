@@ -41,7 +41,8 @@ def failures(command: str, count: int) -> int:
     """The exit code of so many failed jobs: 0 of none, else 10 and their number, 99 at most."""
     if not count:
         return 0
-    print(f"invjax {command}: {count} jobs failed; the report says why.", file=sys.stderr)
+    jobs = "1 job" if count == 1 else f"{count} jobs"
+    print(f"invjax {command}: {jobs} failed; the report says why.", file=sys.stderr)
     return 10 + min(count, 89)
 
 
@@ -89,5 +90,10 @@ def chosen(
 
 def check_new(config: Any, out: pathlib.Path) -> None:
     """Refuse a folder that holds an earlier run, unless it is to go on or to be replaced."""
-    if not config.resume:
-        store.check_folder(out, config.overwrite)
+    if config.resume:
+        return
+    if (out / "sweep.json").exists() and not config.overwrite:
+        raise ValueError(
+            f"--out {out}: holds an earlier run; go on with --resume, or replace it with --overwrite."
+        )
+    store.check_folder(out, config.overwrite)

@@ -15,9 +15,10 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from invjax import files
 from invjax import report as pages
 from invjax.cli import shared
-from invjax.evaluation import files, grid, journal, plan
+from invjax.evaluation import grid, jobs, journal, plan, run
 from invjax.evaluation import sweep as engine
 
 PLAIN_SECONDS = 30.0
@@ -36,8 +37,8 @@ class SweepConfig:
     """
 
     file: tyro.conf.Positional[pathlib.Path | None] = None
-    """TOML file of settings: datasets, models, train_steps, defenses, attacks, batch_sizes, seeds,
-    num_victims, restarts, steps, labels, data_dir."""
+    """TOML file of settings. Swept: datasets, models, train_steps, defenses, attacks, batch_sizes, seeds.
+    For all alike: num_victims, restarts, steps, labels, data_dir."""
     preset: str | None = None
     """A sweep that comes with the package: digits."""
     out: pathlib.Path | None = None
@@ -80,6 +81,8 @@ def sweep(argv: Sequence[str]) -> int:
         )
         if config.block_size is not None and config.block_size < 1:
             raise ValueError(f"--block-size must be at least 1, got {config.block_size}.")
+        if config.coordinator is None and (config.num_processes, config.process_id) != (None, None):
+            raise ValueError("--num-processes and --process-id need --coordinator.")
         if not config.plan:
             shared.check_new(config, out)  # Of several processes each, before any of them writes.
         connect(config)
@@ -208,7 +211,9 @@ def _run(config: SweepConfig, settings: grid.Sweep, out: pathlib.Path) -> int:
             on_event=display,
         )
     rows = table.select(["status", "cell", "seed", "victim"]).to_pylist()
-    failed = {(row["cell"], row["seed"], row["victim"]) for row in rows if row["status"] != "ok"}
+    failed = {
+        (row["cell"], row["seed"], row["victim"]) for row in rows if row["status"] == "failed"
+    }
     if jax.process_index() == 0:
         write_report(out)
         display.console.print(f"{table.num_rows} rows: {out / 'results.parquet'}", soft_wrap=True)
@@ -218,7 +223,10 @@ def _run(config: SweepConfig, settings: grid.Sweep, out: pathlib.Path) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-    """Write the page of a sweep, finished or running."""
+    """Write the page of a sweep, finished or running.
+
+    That of a comparison is written by: invjax tradeoff --resume --out FOLDER
+    """
 
     folder: tyro.conf.Positional[pathlib.Path]
     """The sweep's folder."""
@@ -269,10 +277,21 @@ def write_report(folder: pathlib.Path) -> pathlib.Path:
         versions={name: value for name, value in record.get("versions", {}).items() if value},
         command=shlex.join(["invjax", "sweep", "--resume", "--out", str(folder)]),
         problems=found.damaged,
+        value_range=_value_range(settings),
     )
     path = folder / "report.html"
     files.write_atomic(path, page.encode())
     return path
+
+
+def _value_range(settings: grid.Sweep) -> tuple[float, float]:
+    """Least and greatest value of the data sets; [0, 1] where the files are not on this machine."""
+    try:
+        loaded = [jobs.load(name, settings.data_dir) for name in settings.datasets]
+    except ValueError:
+        return 0.0, 1.0
+    lows, highs = zip(*map(run.raw_range, loaded), strict=True)
+    return min(lows), max(highs)
 
 
 def _samples(folder, found, blocks, cell):

@@ -1,19 +1,20 @@
 """`invjax tradeoff`: defences at equal utility, recorded as they are measured, and their page."""
 
 import dataclasses
+import functools
 import pathlib
 import shlex
 import time
 from collections.abc import Sequence
 
-import numpy as np
 import tyro
 from rich.console import Console
 
+from invjax import files
 from invjax.cli import shared
-from invjax.evaluation import files, grid, jobs, run
+from invjax.evaluation import jobs, run
 from invjax.evaluation import tradeoff as engine
-from invjax.evaluation.tradeoff_settings import PRESETS, Tradeoff, attack_sweep, from_toml
+from invjax.evaluation.tradeoff_settings import PRESETS, Tradeoff, from_toml
 from invjax.report.tradeoff_page import tradeoff_page
 
 PLAIN_SECONDS = 15.0
@@ -121,33 +122,17 @@ def write_report(folder: pathlib.Path) -> pathlib.Path:
       The page's path.
 
     Raises:
-      ValueError: a folder without a finished comparison.
+      ValueError: a folder without a finished comparison, or a data set that cannot be read.
       OSError: a full disk, say.
     """
     settings, versions, result = engine.read(folder)
     if result is None:
         raise ValueError(f"{folder}: the comparison is not finished; go on with --resume.")
-    texts = ["none", *(family.defense for family in settings.defenses)]
-    members = (engine.UNDEFENDED, *settings.defenses)
-
-    def samples(family: str, defense: str, attack: str):
-        index = texts.index(family)
-        (cell,) = grid.cells(attack_sweep(settings, [defense], [attack]))
-        inner = engine.attack_folder(folder, index, members[index])
-        path = inner / "reconstructions" / f"{cell.name}.npz"
-        if not path.exists():
-            return None
-        with np.load(path, allow_pickle=False) as arrays:
-            return {
-                side: arrays[side].reshape(-1, *arrays[side].shape[2:])
-                for side in ("truth", "reconstruction")
-            }
-
     dataset = jobs.load(settings.dataset, settings.data_dir)
     page = tradeoff_page(
         settings=settings,
         result=result,
-        samples=samples,
+        samples=functools.partial(engine.reconstructions, folder),
         versions={name: value for name, value in versions.items() if value},
         command=shlex.join(["invjax", "tradeoff", "--resume", "--out", str(folder)]),
         value_range=run.raw_range(dataset),

@@ -1,8 +1,8 @@
 """Data sets by name: the embedded digits, and files found in a folder."""
 
-import difflib
 import pathlib
 
+from invjax import calls
 from invjax.datasets.arrays import npz
 from invjax.datasets.cifar import cifar10_binary, cifar10_python, find_cifar10
 from invjax.datasets.digits import digits
@@ -83,11 +83,9 @@ def _from_path(name: str, split: str) -> Dataset:
     if path.is_file():
         return npz(path, split)
     if not path.is_dir():
-        near = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"Unknown data set {name!r}: known are {', '.join(NAMES)}, or the path of an npz file "
-            f"or of a folder, and there is none.{hint}"
+            f"or of a folder, and there is none.{calls.nearest(name.lower(), NAMES)}"
         )
     for find in (_find_idx, _find_cifar10):
         dataset = find(path, path.resolve().name, split)

@@ -29,7 +29,8 @@ class Dataset:
       value_range: lowest and highest value of the inputs, each one number or one per channel.
       mean: `[C]` channel means of the raw data (`[d]` for vectors).
       std: `[C]` channel standard deviations of the raw data (`[d]` for vectors).
-      is_normalized: whether `normalized` made it; `denormalize` then undoes that.
+      is_normalized: whether the inputs are standardised, by `normalized` or as a table's are;
+        `denormalize` then undoes that.
     """
 
     name: str
@@ -91,11 +92,13 @@ def from_arrays(
     if labels.shape not in ((len(inputs),), (len(inputs), 1)):
         raise DatasetError(f"{source}: {len(inputs)} inputs, but labels of shape {labels.shape}.")
     if labels.dtype.kind not in "ui" or labels.min() < 0:
-        raise DatasetError(f"{source}: labels must be integers from 0, got {labels.dtype}.")
+        got = labels.min() if labels.dtype.kind in "ui" else labels.dtype
+        raise DatasetError(f"{source}: labels must be integers from 0, got {got}.")
     if class_names is None and labels.max() >= MAX_CLASSES:
         raise DatasetError(f"{source}: label {labels.max()} is above {MAX_CLASSES - 1}.")
     labels = labels.reshape(-1)
-    names = class_names or tuple(str(label) for label in range(int(labels.max()) + 1))
+    numbers = range(int(labels.max()) + 1)
+    names = tuple(map(str, numbers) if class_names is None else class_names)
     if labels.max() >= len(names):
         raise DatasetError(
             f"{source}: label {labels.max()} is out of range for {len(names)} classes."
@@ -106,7 +109,7 @@ def from_arrays(
         name=name,
         inputs=inputs,
         labels=labels.astype(np.int32),
-        class_names=tuple(names),
+        class_names=names,
         value_range=_value_range(inputs),
         mean=mean,
         std=std,

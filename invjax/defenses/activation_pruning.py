@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from invjax.base import Array, Batch, Defense, Model, Params, PyTree
+from invjax.checks import check_number, describe
 from invjax.defenses.base import Elementary, from_stages
-from invjax.defenses.checks import check, describe
-from invjax.defenses.exclusivity import check_head, hidden_values
+from invjax.defenses.exclusivity import hidden_values
 from invjax.defenses.law import Law, inform
-from invjax.models.layers import split_at_head
+from invjax.defenses.masking import apply_mask, view_mask
+from invjax.models.layers import check_layer_view, split_at_head
 
 
 class _State(NamedTuple):
@@ -60,12 +61,12 @@ def activation_count_pruning(
       ValueError: a setting out of range, a model without such a head.
     """
     low, high = keep
-    check("max_count", max_count, 1)
-    check("cutoff", cutoff, max(3, max_count + 1))
-    check("keep[0]", low, 0.0, 1.0)
-    check("keep[1]", high, low, 1.0)
-    check("drop", drop, 0.0, 1.0)
-    check_head(model)
+    check_number("max_count", max_count, 1)
+    check_number("cutoff", cutoff, max(3, max_count + 1))
+    check_number("keep[0]", low, 0.0, 1.0)
+    check_number("keep[1]", high, low, 1.0)
+    check_number("drop", drop, 0.0, 1.0)
+    check_layer_view(model)
     name = describe(
         "activation_count_pruning", max_count=max_count, cutoff=cutoff, keep=keep, drop=drop
     )
@@ -79,20 +80,19 @@ def activation_count_pruning(
         active = hidden_values(model, params, batch.inputs)[0] > 0
         return batch, state._replace(counts=active.sum(axis=0, dtype=jnp.int32))
 
-    def share(counts: Array) -> Array:
-        kept = jnp.square(counts - 1.0) * (high - low) / (cutoff - 2) ** 2 + low
-        return jnp.where((counts > 0) & (counts <= max_count), kept, 1.0)
-
     def update(gradient, state: _State, count):
         del count
         now, later = jax.random.split(state.key)
         weight = _weight(model, gradient)
-        pruned = jnp.floor(weight.shape[0] * (1 - share(state.counts)))
+        few = (state.counts > 0) & (state.counts <= max_count)
+        share = jnp.square(state.counts - 1.0) * (high - low) / (cutoff - 2) ** 2 + low
+        pruned = jnp.floor(weight.shape[0] * (1 - share)) * few
         kept = _rank(jnp.abs(weight)) >= pruned[None]
-        dropped = jnp.floor(kept.sum(axis=0) * drop) * (share(state.counts) < 1)
+        dropped = jnp.floor(kept.sum(axis=0) * drop) * few
         draws = jnp.where(kept, jax.random.uniform(now, weight.shape), 2.0)
         kept &= _rank(draws) >= dropped[None]
-        return _apply(_mask(model, gradient, kept), gradient), state._replace(key=later)
+        mask = view_mask(lambda tree: _weight(model, tree), gradient, kept)
+        return apply_mask(mask, gradient), state._replace(key=later)
 
     def propagate(law: Law, observed, public) -> Law:
         del public
@@ -100,7 +100,7 @@ def activation_count_pruning(
             kept = jnp.zeros(_weight(model, law.location).shape, bool)
         else:
             kept = _weight(model, observed) != 0
-        return inform(law, _mask(model, law.location, kept))
+        return inform(law, view_mask(lambda tree: _weight(model, tree), law.location, kept))
 
     # No `keeps_zeros`: which coordinates it zeroes depends on their values.
     return from_stages(Elementary(name, "aggregate", init, update, propagate, prepare=prepare))
@@ -115,13 +115,3 @@ def _weight(model: Model, tree: PyTree) -> Array:
     weight = split_at_head(model, tree)[1][0].weight
     assert weight is not None
     return weight
-
-
-def _mask(model: Model, tree: PyTree, kept: Array) -> PyTree:
-    """Booleans like the tree: false where the weight is not kept."""
-    weight, embed = jax.vjp(lambda tree: _weight(model, tree), tree)
-    return jax.tree.map(lambda leaf: leaf == 0, embed((~kept).astype(weight.dtype))[0])
-
-
-def _apply(mask: PyTree, gradient: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf, kept: jnp.where(kept, leaf, 0.0), gradient, mask)

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from invjax.base import Array, Bound, Defense
+from invjax.checks import check_count, check_number, describe
 from invjax.defenses.base import from_stages, on_inputs
-from invjax.defenses.checks import check, describe
 from invjax.defenses.operations import (
     GREY,
     Operation,
-    check_range,
     from_levels,
     operations,
     to_levels,
 )
+from invjax.ranges import check_range
 
 FILL = GREY / 255
 """What shears and translations bring in: grey, as in AutoAugment."""
@@ -248,10 +248,8 @@ def ats(
     """
     parsed = parse_policy(policy)
     check_range(input_range)
-    check("crop_padding", crop_padding, 0)
-    if not isinstance(crop_padding, int):
-        raise ValueError(f"crop_padding must be a whole number of pixels, got {crop_padding!r}.")
-    check("fill", fill, 0.0, 1.0)
+    check_count("crop_padding", crop_padding, 0)
+    check_number("fill", fill, 0.0, 1.0)
     settings = {
         name: value
         for name, value, default in (

@@ -25,12 +25,14 @@ class Elementary(NamedTuple):
       update: `update(gradients, state, count) -> (gradients, state)`; `count` is the number of
         samples behind an aggregated gradient where it is known, else 1.
       propagate: `propagate(law, observed, public) -> law`; `observed` is the observation where this
-        stage's zeros can be read off it, else `None`.
+        stage's zeros (and values, see `reads_values`) can be read off it, else `None`.
       public: `public(state)`, the randomness that this stage publishes.
       prepare: `prepare(batch, state, params) -> (batch, state)`, before the gradient is taken; of
         any stage that changes the batch or needs to see it.
       keeps_zeros: a zero coordinate of the input is a zero of the output, and which others become
         zero does not depend on their values.
+      reads_values: `propagate` reads more off the observation than where it is zero, the grid of a
+        rounding for instance, which a mask or a factor behind it would hide.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Elementary(NamedTuple):
     public: Callable[[Any], Any] = lambda state: None
     prepare: Callable[[Batch, Any, Params], tuple[Batch, Any]] | None = None
     keeps_zeros: bool = False
+    reads_values: bool = False
 
 
 ORDER: tuple[Stage, ...] = get_args(Stage)
@@ -86,6 +89,11 @@ def on_inputs(name: str, transform: Callable[[Array, Batch], Batch]) -> Elementa
     )
 
 
+def _unchanged(gradients: PyTree, state: Any, count: int) -> tuple[PyTree, Any]:
+    del count
+    return gradients, state
+
+
 def nothing(name: str, stage: Stage) -> Elementary:
     """The stage that does nothing: what a defence of strength zero is, to its adversary too.
 
@@ -100,7 +108,7 @@ def nothing(name: str, stage: Stage) -> Elementary:
         name,
         stage,
         stateless,
-        update=lambda gradients, state, count: (gradients, state),
+        update=_unchanged,
         propagate=lambda law, observed, public: law,
         keeps_zeros=True,
     )
@@ -179,7 +187,7 @@ def from_stages(*stages: Elementary, name: str | None = None, key: Array | None 
         for index, stage in enumerate(stages):
             if stage.stage == "aggregate" and not aggregated:
                 law, aggregated = aggregate(law), True
-            readable = all(later.keeps_zeros for later in stages[index + 1 :])
+            readable = _readable(stage, stages[index + 1 :])
             law = stage.propagate(law, observed if readable else None, published[index])
         return law if aggregated else aggregate(law)
 
@@ -234,6 +242,13 @@ def chain(*defenses: Defense, key: Array | None = None) -> Defense:
         name=",".join(defense.name for defense in defenses),
         key=key,
     )
+
+
+def _readable(stage: Elementary, later: tuple[Elementary, ...]) -> bool:
+    """Whether what a stage did can be read off what the later ones made of it."""
+    if stage.reads_values:
+        return all(other.update is _unchanged for other in later)
+    return all(other.keeps_zeros for other in later)
 
 
 def _leading_size(gradients: PyTree, name: str, params: Params | None = None) -> int:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from invjax.base import Array, Defense, PyTree
+from invjax.checks import check_number, describe, equals
 from invjax.defenses.base import Elementary, from_stages, nothing, stateless
-from invjax.defenses.checks import check, describe, equals
 from invjax.defenses.law import Law, rescale
 from invjax.gradients import clip_scale, scale_samples
 
@@ -63,7 +63,7 @@ def clip_per_sample(clip_norm: float) -> Defense:
       >>> [round(value, 2) for value in clipped["w"].tolist()]
       [0.3, 0.65]
     """
-    check("clip_norm", clip_norm, 0.0, open_low=True)
+    check_number("clip_norm", clip_norm, 0.0, open_low=True)
     return from_stages(clip_per_sample_stage(clip_norm))
 
 
@@ -75,8 +75,9 @@ def global_clip(clip_norm: float) -> Defense:
     """Clip the aggregated gradient to an L2 ball (Pascanu et al. 2013).
 
     Where noise comes before it in a chain, its law scales the noise by the factor of the replayed
-    gradient instead of the noisy one's: an approximation. `optax.clip_by_global_norm` is the same
-    map without a law.
+    gradient instead of the noisy one's: an approximation. So is the factor behind a mask that nobody
+    can tell: that of the norm which the mask leaves on average. `optax.clip_by_global_norm` is the
+    same map without a law.
 
     Args:
       clip_norm: radius over all parameters together; infinity does nothing.
@@ -87,7 +88,7 @@ def global_clip(clip_norm: float) -> Defense:
     Raises:
       ValueError: a radius that is not positive.
     """
-    check("clip_norm", clip_norm, 0.0, open_low=True)
+    check_number("clip_norm", clip_norm, 0.0, open_low=True)
     name = describe("global_clip", clip_norm)
     if equals(clip_norm, math.inf):
         return from_stages(nothing(name, "aggregate"))
@@ -103,6 +104,9 @@ def global_clip(clip_norm: float) -> Defense:
         if law.pruned is not None and observed is not None:
             # The law of a pruned gradient keeps what was pruned; its norm does not.
             seen = jax.tree.map(lambda leaf, y: jnp.where(y == 0, 0.0, leaf), seen, observed)
+        if law.dropped is not None:
+            share = jnp.sqrt(1 - jnp.asarray(law.dropped))
+            seen = jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), seen)
         return rescale(law, _factor(seen, clip_norm))
 
     stage = Elementary(name, "aggregate", stateless, update, propagate, keeps_zeros=True)

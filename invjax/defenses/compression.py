@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from invjax.base import Array, Defense, PyTree
+from invjax.checks import check_choice, check_number, describe, on_host
 from invjax.defenses.base import Elementary, from_stages, stateless
-from invjax.defenses.checks import check, choose, describe
 from invjax.defenses.densities import Noise, log_cdf
 from invjax.defenses.law import Law, Rounding, add_variance, deviation, mix, noise
 from invjax.defenses.noise import next_keys, seeded
@@ -81,7 +81,7 @@ def sign_compress(scale: Literal["none", "mean"] = "none") -> Defense:
     Raises:
       ValueError: an unknown scale.
     """
-    choose("scale", scale, ("none", "mean"))
+    check_choice("scale", scale, ("none", "mean"))
 
     def compress(leaf):
         factor = jnp.abs(leaf).mean() if scale == "mean" else jnp.ones((), leaf.dtype)
@@ -117,10 +117,10 @@ def quantize(bits: int, stochastic: bool = False) -> Defense:
     exactly and tells the grid. Stochastic rounding is unbiased (QSGD; Alistarh et al. 2017, with
     the largest magnitude in place of the norm).
 
-    What an adversary reads: the cell of every coordinate. Where later stages hide the grid, the
-    rounding error enters as Gaussian noise of its variance: `step^2 / 6` for stochastic rounding,
-    `step^2 / 12` for rounding to the nearest behind noise. Without noise before it, rounding to the
-    nearest is replayed, with the derivative of the identity.
+    What an adversary reads: the cell of every coordinate. Where a later stage hides the grid (noise,
+    a mask, a factor), the rounding error enters as Gaussian noise of its variance: `step^2 / 6` for
+    stochastic rounding, `step^2 / 12` for rounding to the nearest behind noise. Without noise before
+    it, rounding to the nearest is replayed, with the derivative of the identity.
 
     Args:
       bits: bits a coordinate, at least 2 (one bit is `sign_compress(scale="mean")`).
@@ -130,10 +130,10 @@ def quantize(bits: int, stochastic: bool = False) -> Defense:
       The defence.
 
     Raises:
-      ValueError: fewer than 2 bits, or not a whole number.
+      ValueError: fewer than 2 bits or more than 32, or not a whole number.
     """
-    check("bits", bits, 2, 32)
-    if isinstance(bits, float) and bits % 1:
+    check_number("bits", bits, 2, 32)
+    if on_host(bits) and bits % 1:
         raise ValueError(f"bits must be a whole number, got {bits}.")
     levels = 2.0 ** (bits - 1) - 1
 
@@ -168,6 +168,5 @@ def quantize(bits: int, stochastic: bool = False) -> Defense:
         )
 
     name = describe("quantize", bits, **({"stochastic": True} if stochastic else {}))
-    return from_stages(
-        Elementary(name, "aggregate", seeded if stochastic else stateless, update, propagate)
-    )
+    init = seeded if stochastic else stateless
+    return from_stages(Elementary(name, "aggregate", init, update, propagate, reads_values=True))

@@ -17,7 +17,7 @@ from invjax.base import Array
 
 # Where the Gaussian is this many times wider, the sum of the two noises is Gaussian to 10^-6.
 _WIDE = 30.0
-# Intervals narrower than this many standard deviations are density times width.
+# Intervals whose half is narrower than this many standard deviations are density times width.
 _NARROW = 0.03
 
 
@@ -132,8 +132,9 @@ def log_interval(
       noise: the noise.
 
     Returns:
-      An array of the shape of `location`; intervals under 0.03 standard deviations count as density
-      times width, which is within 10^-3 of their probability up to 3 deviations from the centre.
+      An array of the shape of `location`; intervals whose half is under 0.03 standard deviations count
+      as density times width, which up to 3 deviations from the centre is their probability to 0.2 %,
+      but 2 % too much at the peak of a Laplace density.
     """
     distance = jnp.abs(location - center)
     upper = log_cdf(noise, half_width - distance)

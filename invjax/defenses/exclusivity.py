@@ -22,13 +22,14 @@ import jax
 import jax.numpy as jnp
 
 from invjax.base import Array, Batch, Defense, Model, Params, PyTree
-from invjax.defenses.base import Elementary, from_stages
-from invjax.defenses.checks import check, describe
-from invjax.defenses.law import Law, inform
+from invjax.checks import check_number, describe
+from invjax.defenses.base import from_stages
+from invjax.defenses.masking import computed_mask_stage, view_mask
 from invjax.models.layers import (
     Layers,
     apply_layers,
     backpropagate,
+    check_layer_view,
     preactivations,
     split_at_head,
 )
@@ -89,7 +90,7 @@ def exclusivity_dropout(model: Model) -> Model:
     Raises:
       ValueError: a model without such a head; and, when its loss meets it, a batch of one sample.
     """
-    check_head(model)
+    check_layer_view(model)
 
     def logits(params: Params, inputs: Array) -> Array:
         if inputs.shape[0] < 2:
@@ -144,41 +145,19 @@ def mask_exclusive_rows(model: Model, dominance: float = 1.0, *, known: bool = F
       ValueError: a threshold out of range, a model without such a head; and, when its law is asked
         for, a known mask that the observation does not hold.
     """
-    check("dominance", dominance, 0.0, 1.0, open_low=True)
-    check_head(model)
+    check_number("dominance", dominance, 0.0, 1.0, open_low=True)
+    check_layer_view(model)
     name = describe("mask_exclusive_rows", dominance, known=known)
 
-    def init(key, params):
-        del key
-        return _full(model, params, True)
-
-    def prepare(batch: Batch, state, params: Params):
-        del state
-        return batch, _undominated(model, params, batch, dominance)
-
-    def update(gradient, state, count):
-        del count
-        kept = _mask_neurons(model, gradient, state)
-        return jax.tree.map(lambda leaf, kept: jnp.where(kept, leaf, 0.0), gradient, kept), state
-
-    def propagate(law: Law, observed, public) -> Law:
-        if known and public is None:
-            raise ValueError(
-                f"{name}: the likelihood needs the mask; pass public=defense.public(state), which "
-                "invjax.observe puts into observation.public."
-            )
-        if known:
-            kept = public
-        elif observed is not None:
-            kept = read_neurons(model, observed)
-        else:
-            kept = _full(model, law.location, False)
-        return inform(law, _mask_neurons(model, law.location, kept))
-
-    stage = Elementary(
-        name, "aggregate", init, update, propagate, prepare=prepare, keeps_zeros=True
+    stage = computed_mask_stage(
+        name,
+        whole=lambda tree: _all_neurons(model, tree),
+        compute=lambda params, batch: _undominated(model, params, batch, dominance),
+        read=lambda gradient: read_neurons(model, gradient),
+        spread=lambda tree, kept: _mask_neurons(model, tree, kept),
+        known=known,
     )
-    return from_stages(stage._replace(public=lambda state: state) if known else stage)
+    return from_stages(stage)
 
 
 def dominances(model: Model, params: Params, batch: Batch) -> list[Array]:
@@ -239,21 +218,17 @@ def _undominated(model, params, batch: Batch, dominance) -> tuple[Array, ...]:
 
 def _mask_neurons(model: Model, tree: PyTree, kept: tuple[Array, ...]) -> PyTree:
     """Booleans like the tree: false in the head where a neuron is not kept, at either end."""
-    # The transpose of the layer view puts a weight where it belongs in the tree.
-    view, embed = jax.vjp(lambda tree: _weights(model, tree), tree)
-    zeroed = []
-    for index, (weight, bias) in enumerate(view):
+    weights = _weights(model, tree)
+    coordinates = []
+    for index, (weight, bias) in enumerate(weights):
         rows = kept[index - 1] if index else jnp.ones(weight.shape[0], bool)
         columns = kept[index] if index < len(kept) else jnp.ones(weight.shape[1], bool)
-        both = ~(rows[:, None] & columns[None])
-        zeroed.append(
-            (both.astype(weight.dtype), None if bias is None else (~columns).astype(bias.dtype))
-        )
-    return jax.tree.map(lambda leaf: leaf == 0, embed(zeroed)[0])
+        coordinates.append((rows[:, None] & columns[None], None if bias is None else columns))
+    return view_mask(lambda tree: _weights(model, tree), tree, coordinates)
 
 
-def _full(model: Model, tree: PyTree, value: bool) -> tuple[Array, ...]:
-    return tuple(jnp.full(weight.shape[1], value) for weight, _ in _weights(model, tree)[:-1])
+def _all_neurons(model: Model, tree: PyTree) -> tuple[Array, ...]:
+    return tuple(jnp.ones(weight.shape[1], bool) for weight, _ in _weights(model, tree)[:-1])
 
 
 def _weights(model: Model, tree: PyTree) -> list[tuple[Array, Array | None]]:
@@ -263,19 +238,6 @@ def _weights(model: Model, tree: PyTree) -> list[tuple[Array, Array | None]]:
         assert layer.weight is not None
         found.append((layer.weight, layer.bias))
     return found
-
-
-def check_head(model: Model) -> None:
-    """Refuse a model without a layer view.
-
-    Args:
-      model: any model.
-
-    Raises:
-      ValueError: it has none.
-    """
-    if model.layers is None:
-        raise ValueError(f"Exclusivity needs a layer view, which the model {model.name} has not.")
 
 
 def _head(model: Model, tree: PyTree) -> tuple[Layers, Layers]:

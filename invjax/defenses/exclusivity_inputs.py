@@ -12,11 +12,11 @@ import numpy as np
 from scipy import optimize
 
 from invjax.base import Array, Batch, Bound, Defense, Model, Params
+from invjax.checks import check_count, check_number, describe
 from invjax.defenses.base import from_stages, nothing
-from invjax.defenses.checks import check, describe
-from invjax.defenses.exclusivity import check_head, hidden_values
-from invjax.defenses.operations import bounds, check_range
-from invjax.models.layers import dense_layers
+from invjax.defenses.exclusivity import hidden_values
+from invjax.models.layers import check_layer_view, dense_layers
+from invjax.ranges import bounds, check_range
 
 Range = tuple[Bound, Bound]
 
@@ -73,7 +73,7 @@ def reduce_exclusivity(
         step=step, margin=margin, max_steps=max_steps, radius=radius, input_range=input_range
     )
     _check_settings(**settings)
-    check_head(model)
+    check_layer_view(model)
     perturb = jax.jit(functools.partial(remove_exclusive, model, **settings))
 
     def prepare(batch: Batch, state, params: Params):
@@ -172,7 +172,7 @@ def _box(inputs: Array, radius: float | None, input_range: Range | None) -> tupl
     low, high = inputs - reach, inputs + reach
     if input_range is None:
         return low, high
-    lowest, highest = bounds(input_range, inputs)
+    lowest, highest = bounds(input_range, inputs.shape, inputs.dtype)
     return jnp.maximum(low, lowest), jnp.minimum(high, highest)
 
 
@@ -211,7 +211,7 @@ def remove_exclusive_lp(
       ValueError: another model, a setting out of range, one sample; constraints that are infeasible,
         or still incomplete after the rounds.
     """
-    check("max_rounds", max_rounds, 1)
+    check_count("max_rounds", max_rounds, 1)
     program = _program(model, params, batch, margin, input_range)
     if len(program.inputs) < 2:
         raise ValueError("Every active neuron is exclusive in a batch of one sample: give 2.")
@@ -266,7 +266,7 @@ def make_exclusive(
     Raises:
       ValueError: another model, a setting out of range, too few neurons, infeasible constraints.
     """
-    check("count", count, 1)
+    check_count("count", count, 1)
     program = _program(model, params, batch, margin, input_range)
     size, width = program.values.shape
     if count * size > width:
@@ -296,7 +296,7 @@ class _Program(NamedTuple):
 
 
 def _program(model, params, batch: Batch, margin: float, input_range: Range | None) -> _Program:
-    check("margin", margin, 0.0, open_low=True)
+    check_number("margin", margin, 0.0, open_low=True)
     if input_range is not None:
         check_range(input_range)
     layers = dense_layers(model, params)
@@ -365,10 +365,10 @@ _INFEASIBLE = (
 
 
 def _check_settings(step, margin, max_steps, radius, input_range) -> None:
-    check("step", step, 0.0, open_low=True)
-    check("margin", margin, 0.0)
-    check("max_steps", max_steps, 1)
+    check_number("step", step, 0.0, open_low=True)
+    check_number("margin", margin, 0.0)
+    check_number("max_steps", max_steps, 1)
     if radius is not None:
-        check("radius", radius, 0.0, open_low=True)
+        check_number("radius", radius, 0.0, open_low=True)
     if input_range is not None:
         check_range(input_range)

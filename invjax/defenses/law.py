@@ -5,7 +5,7 @@ The end of the chain gives the likelihood of the observation. Coordinates are in
 candidate, so the law is a tree of per-coordinate numbers.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,8 @@ class Law(NamedTuple):
       dropped: probability that a mask, unknown to the adversary, zeroed the location; or `None`.
       informative: tree of booleans, the coordinates that the location explains; `None` for all.
       pruned: tree of thresholds, one a tensor: a zero of the observation says that the coordinate
-        lay within; `None` where nothing was pruned, or the zeros cannot be seen.
+        lay within, and nothing where the threshold is infinite; `None` where nothing was pruned, or
+        the zeros cannot be seen.
       rounding: the last rounding, or `None`.
       log_weight: log-likelihood of what is not in the fields above (signs).
     """
@@ -223,8 +224,9 @@ def log_likelihood(law: Law, observed: PyTree) -> Array:
             spread = jnp.sqrt(before + jnp.square(step) / 6)
             value = log_density(Noise(spread, noise.laplace), residual) + jnp.log(step)
         if law.pruned is not None:
-            below = log_interval(location, 0.0, threshold, noise)
-            value = jnp.where(observed == 0, below, value)
+            known = jnp.isfinite(threshold)
+            below = log_interval(location, 0.0, jnp.where(known, threshold, 1.0), noise)
+            value = jnp.where(observed == 0, jnp.where(known, below, 0.0), value)
         return value
 
     def leaf(observed, location, noise, informative, *rest):
@@ -248,3 +250,21 @@ def log_likelihood(law: Law, observed: PyTree) -> Array:
         unused if law.pruned is None else law.pruned,
     )
     return jnp.asarray(optax.tree.sum(terms) + law.log_weight)
+
+
+def need_public(name: str, what: str, public: Any) -> None:
+    """Refuse to make a law without what the defence published.
+
+    Args:
+      name: of the defence.
+      what: what it published.
+      public: what the observation holds of it.
+
+    Raises:
+      ValueError: the observation holds nothing.
+    """
+    if public is None:
+        raise ValueError(
+            f"{name}: the likelihood needs {what}; pass public=defense.public(state), which "
+            "invjax.observe puts into observation.public."
+        )

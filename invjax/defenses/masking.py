@@ -1,13 +1,15 @@
-"""Random masks: fixed ones, known to the adversary or not, and a fresh one every step."""
+"""Masks: random ones, fixed or fresh every step, and those that are computed of every batch."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from invjax.base import Array, Defense, PyTree
+from invjax.base import Array, Batch, Defense, Params, PyTree
+from invjax.checks import check_number, describe, equals
 from invjax.defenses.base import Elementary, from_stages, nothing
-from invjax.defenses.checks import check, describe, equals
-from invjax.defenses.law import Law, inform, rescale
+from invjax.defenses.law import Law, inform, need_public, rescale
 from invjax.defenses.noise import next_keys, seeded
 
 
@@ -17,7 +19,8 @@ def _draw(keys: PyTree, like: PyTree, keep: Array | float) -> PyTree:
     )
 
 
-def _apply(mask: PyTree, gradient: PyTree) -> PyTree:
+def apply_mask(mask: PyTree, gradient: PyTree) -> PyTree:
+    """The gradient with zeros where the mask is false."""
     return jax.tree.map(lambda leaf, kept: jnp.where(kept, leaf, 0.0), gradient, mask)
 
 
@@ -52,7 +55,7 @@ def random_mask(fraction: float, known: bool = True) -> Defense:
       ValueError: a fraction out of range; and, when its law is asked for, a known mask that the
         observation does not hold, or noise on both sides of an unknown one.
     """
-    check("fraction", fraction, 0.0, 1.0, open_high=True)
+    check_number("fraction", fraction, 0.0, 1.0, open_high=True)
     name = describe("random_mask", fraction, known=known)
     if equals(fraction, 0):
         return from_stages(nothing(name, "aggregate"))
@@ -62,16 +65,12 @@ def random_mask(fraction: float, known: bool = True) -> Defense:
 
     def update(gradient, state, count):
         del count
-        return _apply(state, gradient), state
+        return apply_mask(state, gradient), state
 
     def propagate(law: Law, observed, public) -> Law:
         if not known:
             return _unknown_mask(law, observed, fraction)
-        if public is None:
-            raise ValueError(
-                f"{name}: the likelihood needs the mask; pass public=defense.public(state), which "
-                "invjax.observe puts into observation.public."
-            )
+        need_public(name, "the mask", public)
         return inform(law, public)
 
     stage = Elementary(name, "aggregate", init, update, propagate, keeps_zeros=True)
@@ -92,7 +91,7 @@ def gradient_dropout(rate: float) -> Defense:
     Raises:
       ValueError: a rate out of range; and, when its law is asked for, noise on both sides of it.
     """
-    check("rate", rate, 0.0, 1.0, open_high=True)
+    check_number("rate", rate, 0.0, 1.0, open_high=True)
     name = describe("gradient_dropout", rate)
     if equals(rate, 0):
         return from_stages(nothing(name, "aggregate"))
@@ -100,7 +99,7 @@ def gradient_dropout(rate: float) -> Defense:
     def update(gradient, state, count):
         del count
         keys, state = next_keys(state, gradient)
-        kept = _apply(_draw(keys, gradient, 1 - rate), gradient)
+        kept = apply_mask(_draw(keys, gradient, 1 - rate), gradient)
         return jax.tree.map(lambda leaf: leaf / (1 - rate), kept), state
 
     def propagate(law: Law, observed, public) -> Law:
@@ -108,3 +107,75 @@ def gradient_dropout(rate: float) -> Defense:
         return _unknown_mask(rescale(law, 1 / (1 - rate)), observed, rate)
 
     return from_stages(Elementary(name, "aggregate", seeded, update, propagate, keeps_zeros=True))
+
+
+def view_mask(view: Callable[[PyTree], PyTree], tree: PyTree, kept: PyTree) -> PyTree:
+    """Booleans like a tree, false where a view of it shows what is not kept.
+
+    Args:
+      view: `view(tree) -> PyTree`, some of the tree's entries, in any layout.
+      tree: parameters or a gradient.
+      kept: booleans like `view(tree)`.
+
+    Returns:
+      A tree of booleans; true at what the view does not show.
+    """
+    # The transpose of the view puts an entry where it belongs in the tree.
+    shown, embed = jax.vjp(view, tree)
+    zeroed = jax.tree.map(lambda leaf, kept: (~kept).astype(leaf.dtype), shown, kept)
+    return jax.tree.map(lambda leaf: leaf == 0, embed(zeroed)[0])
+
+
+def computed_mask_stage(
+    name: str,
+    *,
+    whole: Callable[[PyTree], PyTree],
+    compute: Callable[[Params, Batch], PyTree],
+    read: Callable[[PyTree], PyTree],
+    spread: Callable[[PyTree, PyTree], PyTree],
+    known: bool,
+) -> Elementary:
+    """The stage of a mask that `prepare` computes of every batch; without that call nothing is zeroed.
+
+    A mask is in any form, of units for instance, that `spread` turns into one of the coordinates. An
+    adversary is told it, or reads it off the zeros; where later stages hide these, its law leaves out
+    all that a mask could zero. What the mask itself says of the batch is in no law.
+
+    Args:
+      name: of the stage.
+      whole: `whole(tree) -> mask`, all true, of parameters or a gradient.
+      compute: `compute(params, batch) -> mask`, false where to zero.
+      read: `read(gradient) -> mask`, off a gradient whose zeros can be seen.
+      spread: `spread(tree, mask)`, booleans like a tree of parameters or of a gradient.
+      known: whether the mask is published.
+
+    Returns:
+      The stage.
+    """
+
+    def init(key, params):
+        del key
+        return whole(params)
+
+    def prepare(batch: Batch, state, params: Params):
+        del state
+        return batch, compute(params, batch)
+
+    def update(gradient, state, count):
+        del count
+        return apply_mask(spread(gradient, state), gradient), state
+
+    def propagate(law: Law, observed, public) -> Law:
+        if known:
+            need_public(name, "the mask", public)
+            kept = public
+        elif observed is not None:
+            kept = read(observed)
+        else:
+            kept = jax.tree.map(jnp.logical_not, whole(law.location))
+        return inform(law, spread(law.location, kept))
+
+    stage = Elementary(
+        name, "aggregate", init, update, propagate, prepare=prepare, keeps_zeros=True
+    )
+    return stage._replace(public=lambda state: state) if known else stage

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from invjax.base import Array, Batch, Bound, Defense
+from invjax.checks import check_count, check_number, describe, equals
 from invjax.defenses.base import from_stages, nothing, on_inputs
-from invjax.defenses.checks import check, describe, equals
-from invjax.defenses.operations import bounds, check_range
+from invjax.ranges import bounds, check_range
 
 _DRAWS = 64
 """Draws of coefficients to choose from; of 4 below 0.65, nine in ten will do."""
@@ -34,8 +34,8 @@ def mixup(alpha: float = 1.0, *, num_classes: int) -> Defense:
     Raises:
       ValueError: a negative alpha, or fewer than two classes.
     """
-    check("alpha", alpha, 0.0)
-    _check_count("num_classes", num_classes)
+    check_number("alpha", alpha, 0.0)
+    check_count("num_classes", num_classes, 2)
     name = describe("mixup", alpha, num_classes=num_classes)
     if equals(alpha, 0):
         return from_stages(nothing(name, "inputs"))
@@ -93,9 +93,9 @@ def instahide(
     Raises:
       ValueError: a number out of range; and, when it meets them, public images of another shape.
     """
-    _check_count("num_mixed", num_mixed)
-    _check_count("num_classes", num_classes)
-    check("max_weight", max_weight, 1 / num_mixed, 1.0, open_low=True)
+    check_count("num_mixed", num_mixed, 2)
+    check_count("num_classes", num_classes, 2)
+    check_number("max_weight", max_weight, 1 / num_mixed, 1.0, open_low=True)
     check_range(input_range)
     if public is None:
         if num_private not in (None, num_mixed):
@@ -107,7 +107,7 @@ def instahide(
         num_private = -(-num_mixed // 2)
     elif num_private not in range(1, num_mixed + 1):
         raise ValueError(f"num_private must be one of 1 to {num_mixed}, got {num_private!r}.")
-    check("min_private", min_private, 0.0, num_private / num_mixed)
+    check_number("min_private", min_private, 0.0, num_private / num_mixed)
     if public is not None and np.shape(public)[0] == 0:
         raise ValueError("public holds no images.")
 
@@ -122,7 +122,7 @@ def instahide(
             drawn = _draw_public(keys[2], public, (num_mixed - num_private, size), batch.inputs)
             sources = jnp.concatenate([sources, drawn])
         mixed = _weighted_sum(weights, sources)
-        low, high = bounds(input_range, mixed)
+        low, high = bounds(input_range, mixed.shape, mixed.dtype)
         middle = (low + high) / 2
         sign = jax.random.rademacher(keys[3], mixed.shape, mixed.dtype)
         labels = _probabilities(batch.labels, num_classes)[orders]
@@ -188,8 +188,3 @@ def _probabilities(labels: Array, num_classes: int) -> Array:
     if jnp.ndim(labels) == 2:
         return labels
     return jax.nn.one_hot(labels, num_classes)
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 2:
-        raise ValueError(f"{name} must be a whole number of at least 2, got {value!r}.")

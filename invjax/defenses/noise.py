@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from invjax.base import Array, Defense, PyTree, Stage
+from invjax.checks import check_number, describe, equals
 from invjax.defenses.base import Elementary, from_stages, nothing
-from invjax.defenses.checks import check, describe, equals
 from invjax.defenses.law import Law, add_variance
 
 
@@ -86,7 +86,7 @@ def gaussian_noise(std: float, per_sample: bool = False) -> Defense:
       >>> round(float(noisy["w"].std()), 2)
       0.1
     """
-    check("std", std, 0.0)
+    check_number("std", std, 0.0)
     settings = {"per_sample": True} if per_sample else {}
     name = describe("gaussian_noise", std, **settings)
     stage = "per_sample" if per_sample else "aggregate"
@@ -110,7 +110,7 @@ def laplace_noise(scale: float) -> Defense:
     Raises:
       ValueError: a negative scale; and, when its law is asked for, two Laplace stages in a chain.
     """
-    check("scale", scale, 0.0)
+    check_number("scale", scale, 0.0)
     name = describe("laplace_noise", scale)
     if equals(scale, 0):
         return from_stages(nothing(name, "aggregate"))

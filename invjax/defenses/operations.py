@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from invjax.base import Array, Bound
+from invjax.ranges import bounds
 
 Operation = Callable[[int | Array, Array, int | Array], Array]
 
@@ -24,43 +25,6 @@ SIGNS = (1, -1)
 SHIFT = 150 / 331
 """Largest translation, as a share of the side."""
 GREY = 128
-
-
-def check_range(input_range: tuple[Bound, Bound]) -> None:
-    """Refuse what is no range of inputs.
-
-    Args:
-      input_range: lowest and highest value, each one number or one per channel.
-
-    Raises:
-      ValueError: not two bounds, or a low one that is not below its high one.
-    """
-    try:
-        low, high = (np.asarray(bound, float) for bound in input_range)
-        valid = np.ndim(low + high) <= 1 and bool((low < high).all())
-    except (TypeError, ValueError):
-        valid = False
-    if not valid:
-        raise ValueError(
-            "input_range must be (low, high) with low < high, each one number or one per channel, "
-            f"got {input_range!r}."
-        )
-
-
-def bounds(input_range: tuple[Bound, Bound], inputs: Array) -> tuple[Array, Array]:
-    """Lowest and highest values in the shape and type of the inputs.
-
-    Args:
-      input_range: lowest and highest value, each one number or one per channel (the last axis).
-      inputs: any shape.
-
-    Returns:
-      Two arrays like `inputs`.
-    """
-    low, high = (
-        jnp.broadcast_to(jnp.asarray(bound, inputs.dtype), inputs.shape) for bound in input_range
-    )
-    return low, high
 
 
 def to_levels(inputs: Array, input_range: tuple[Bound, Bound]) -> Array:
@@ -73,7 +37,7 @@ def to_levels(inputs: Array, input_range: tuple[Bound, Bound]) -> Array:
     Returns:
       Integers 0 to 255.
     """
-    low, high = bounds(input_range, inputs)
+    low, high = bounds(input_range, inputs.shape, inputs.dtype)
     scaled = (inputs - low) / (high - low)
     return jnp.round(255 * jnp.clip(scaled, 0, 1)).astype(jnp.int32)
 
@@ -90,7 +54,7 @@ def from_levels(levels: Array, input_range: tuple[Bound, Bound], dtype) -> Array
       Inputs in their range.
     """
     scaled = levels.astype(dtype) / 255
-    low, high = bounds(input_range, scaled)
+    low, high = bounds(input_range, scaled.shape, scaled.dtype)
     return low + (high - low) * scaled
 
 

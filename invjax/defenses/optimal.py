@@ -20,10 +20,10 @@ import numpy as np
 import optax
 
 from invjax.base import Array, Defense, Model, PyTree
+from invjax.checks import check_number, describe, equals
 from invjax.defenses.base import Elementary, from_stages, nothing
-from invjax.defenses.checks import check, describe, equals
-from invjax.defenses.law import Law, Rounding, add_variance, inform
-from invjax.defenses.masking import random_mask
+from invjax.defenses.law import Law, Rounding, add_variance, inform, need_public
+from invjax.defenses.masking import apply_mask, random_mask
 from invjax.defenses.sensitivity import (
     Sensitivity,
     gradient_sensitivity,
@@ -98,7 +98,7 @@ def optimal_noise(
         gradient; when its law is asked for, deviations that the observation does not hold.
       TypeError: a source of another type.
     """
-    check("std", std, 0.0)
+    check_number("std", std, 0.0)
     origin = _Source(source, layerwise, num_probes, known)
     name = _describe("optimal_noise", origin, std)
     if equals(std, 0):
@@ -140,15 +140,15 @@ def optimal_clipped_noise(
       known: as there.
 
     Returns:
-      The defence. Its law sees which coordinates were clamped where no later stage hides it, and
+      The defence. Its law sees which coordinates were clamped where it is the last of a chain, and
       replays the clamp otherwise.
 
     Raises:
       ValueError: a bound that is not positive, or as `optimal_noise`.
       TypeError: as there.
     """
-    check("bound", bound, 0.0, open_low=True)
-    check("std", std, 0.0)
+    check_number("bound", bound, 0.0, open_low=True)
+    check_number("std", std, 0.0)
     origin = _Source(source, layerwise, num_probes, known)
     name = _describe("optimal_clipped_noise", origin, bound, std)
     if equals(std, 0) and equals(bound, np.inf):
@@ -186,7 +186,7 @@ def optimal_clipped_noise(
         lambda found: scaled_to(found, std, floor=1e-6),
         lambda tree: optax.tree.full_like(tree, std),
     )
-    return from_stages(_stage(name, origin, plan, update, propagate))
+    return from_stages(_stage(name, origin, plan, update, propagate)._replace(reads_values=True))
 
 
 def optimal_pruning(
@@ -220,7 +220,7 @@ def optimal_pruning(
         mask that the observation does not hold.
       TypeError: as there.
     """
-    check("fraction", fraction, 0.0, 1.0, open_high=True)
+    check_number("fraction", fraction, 0.0, 1.0, open_high=True)
     origin = _Source(source, layerwise, num_probes, known)
     name = _describe("optimal_pruning", origin, fraction)
     if equals(fraction, 0):
@@ -229,7 +229,7 @@ def optimal_pruning(
 
     def update(gradient, mask, key):
         del key
-        return jax.tree.map(lambda leaf, kept: jnp.where(kept, leaf, 0.0), gradient, mask)
+        return apply_mask(mask, gradient)
 
     def propagate(law: Law, observed, mask) -> Law:
         return unknown.propagate(law, observed, None) if mask is None else inform(law, mask)
@@ -252,7 +252,8 @@ def optimal_rounding(
 ) -> Defense:
     """Round coordinate `i` to multiples of a step proportional to `(n_i / q_i)^(1/4)`.
 
-    The rounding error then has the variances of `optimal_noise` (Chen et al. 2024, the code).
+    The rounding error then has the variances of `optimal_noise`, but for a common factor (Chen et al.
+    2024, the code).
 
     Args:
       source: as in `optimal_noise`.
@@ -263,14 +264,14 @@ def optimal_rounding(
         the variance of a uniform step. Before `prepare` was called the steps are equal.
 
     Returns:
-      The defence. Where later stages hide the grid, its law is as that of `quantize`: Gaussian noise of
+      The defence. Where a later stage hides the grid, its law is as that of `quantize`: Gaussian noise of
       variance `step^2 / 12` behind noise, and otherwise the rounding, with the identity's derivative.
 
     Raises:
       ValueError: a negative step, or as `optimal_noise`.
       TypeError: as there.
     """
-    check("step", step, 0.0)
+    check_number("step", step, 0.0)
     origin = _Source(source, layerwise, num_probes, known)
     name = _describe("optimal_rounding", origin, step)
     if equals(step, 0):
@@ -303,7 +304,7 @@ def optimal_rounding(
     plan = _Plan(
         lambda found: scaled_to(found, step), lambda tree: optax.tree.full_like(tree, step)
     )
-    return from_stages(_stage(name, origin, plan, update, propagate))
+    return from_stages(_stage(name, origin, plan, update, propagate)._replace(reads_values=True))
 
 
 def _add_noise(gradient: PyTree, deviations: PyTree, key: Array) -> PyTree:
@@ -324,7 +325,7 @@ def _describe(constructor: str, source: _Source, *strengths) -> str:
             f"source must be an invjax Sensitivity or a Model, got {type(origin).__name__}."
         )
     if num_probes is not None:
-        check("num_probes", num_probes, 1)
+        check_number("num_probes", num_probes, 1)
     options = {"layerwise": layerwise, "num_probes": num_probes, "known": known}
     return describe(constructor, *strengths, **options).replace("(", f"({origin.name}, ", 1)
 
@@ -363,11 +364,8 @@ def _stage(
     def adversary(law: Law, observed, public) -> Law:
         if model is None:
             _check_like(name, fixed, law.location)
-        elif known and public is None:
-            raise ValueError(
-                f"{name}: the likelihood needs what was published; pass "
-                "public=defense.public(state), which invjax.observe puts into observation.public."
-            )
+        elif known:
+            need_public(name, "what was published", public)
         return propagate(law, observed, fixed if model is None else public)
 
     stage = Elementary(name, "aggregate", init, update, adversary)

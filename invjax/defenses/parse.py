@@ -74,7 +74,7 @@ def parse(text: str | Sequence[calls.Call], model: Model | None = None) -> Defen
       clip_per_sample(1.0),gaussian_noise(0.01)
     """
     parsed = calls.parse(text, "defense") if isinstance(text, str) else text
-    if parsed == [("none", (), {})]:
+    if list(parsed) == [("none", (), {})]:
         return chain()
 
     def bind(make: Callable[..., Defense]) -> Callable[..., Defense]:

@@ -10,8 +10,9 @@ import optax
 
 from invjax import conv, gradients
 from invjax.base import Array, Batch, Bound, Model, Params
+from invjax.checks import check_count
 from invjax.defenses.augmentation import FILL, POOL, augment
-from invjax.defenses.operations import bounds, check_range
+from invjax.ranges import bounds, check_range
 
 Transform = Callable[[Array, Array], Array]
 """`transform(key, inputs [B, ...]) -> inputs`."""
@@ -71,13 +72,12 @@ def privacy_score(
     Raises:
       ValueError: no bins, or no range.
     """
-    if num_bins < 1:
-        raise ValueError(f"num_bins must be at least 1, got {num_bins}.")
+    check_count("num_bins", num_bins, 1)
     check_range(input_range)
     model = conv.for_matching(model)
     transform_key, noise_key = jax.random.split(key)
     targets = transform(transform_key, inputs)
-    low, high = bounds(input_range, targets)
+    low, high = bounds(input_range, targets.shape, targets.dtype)
     noise = low + (high - low) * jax.random.uniform(noise_key, targets.shape, targets.dtype)
     positions = jnp.arange(num_bins + 1, dtype=targets.dtype) / num_bins
 
@@ -211,8 +211,7 @@ def search_policies(
         ("num_accuracy_images", num_accuracy_images),
         ("num_runs", num_runs),
     ):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        check_count(name, value, 1)
     size = inputs.shape[0]
     for name, value in (("num_images", num_images), ("num_accuracy_images", num_accuracy_images)):
         if value > size:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from invjax.base import Array, Batch, Model, Params, PyTree
-from invjax.defenses.checks import check
-from invjax.models.chain import activations, check_choice, initializers
+from invjax.checks import check_choice, check_count, check_number
+from invjax.models.chain import activations, initializers
 from invjax.models.losses import cross_entropy
 
 
@@ -64,10 +64,9 @@ def precode(
     Raises:
       ValueError: a number out of range, an unknown activation.
     """
-    check("kl_weight", kl_weight, 0.0)
-    for name, number in (("num_classes", num_classes), ("bottleneck", bottleneck)):
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}.")
+    check_number("kl_weight", kl_weight, 0.0)
+    check_count("num_classes", num_classes, 1)
+    check_count("bottleneck", bottleneck, 1)
     check_choice("activation", activation, tuple(activations))
     features = body.num_classes
     shapes = {

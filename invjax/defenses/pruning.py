@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from invjax.base import Array, Defense, PyTree
+from invjax.checks import check_choice, check_number, describe, equals
 from invjax.defenses import ranking
 from invjax.defenses.base import Elementary, from_stages, nothing, stateless
-from invjax.defenses.checks import check, choose, describe, equals
 from invjax.defenses.law import Law
 
 Scope = Literal["tensor", "global"]
@@ -37,9 +37,8 @@ def prune(gradient: PyTree, fraction: Array | float, scope: Scope) -> PyTree:
 
 
 def _smallest_kept(values: Array) -> Array:
-    """The smallest magnitude that is not zero; a zero tensor says nothing of it."""
-    smallest = jnp.min(jnp.where(values == 0, jnp.inf, jnp.abs(values)))
-    return jnp.where(jnp.isfinite(smallest), smallest, 1e30)
+    """The smallest magnitude that is not zero; infinity where all are zero."""
+    return jnp.min(jnp.where(values == 0, jnp.inf, jnp.abs(values)))
 
 
 def magnitude_prune(fraction: float, scope: Scope = "tensor") -> Defense:
@@ -59,8 +58,8 @@ def magnitude_prune(fraction: float, scope: Scope = "tensor") -> Defense:
     Raises:
       ValueError: a fraction out of range or an unknown scope.
     """
-    check("fraction", fraction, 0.0, 1.0, open_high=True)
-    choose("scope", scope, ("tensor", "global"))
+    check_number("fraction", fraction, 0.0, 1.0, open_high=True)
+    check_choice("scope", scope, ("tensor", "global"))
     name = describe("magnitude_prune", fraction, scope)
     if equals(fraction, 0):
         return from_stages(nothing(name, "aggregate"))

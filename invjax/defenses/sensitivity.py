@@ -16,8 +16,8 @@ import optax
 
 from invjax import conv
 from invjax.base import Array, Batch, Model, Params, PyTree
+from invjax.checks import check_number
 from invjax.defenses import ranking
-from invjax.defenses.checks import check
 
 CHUNK = 16
 """Directions that are pushed through the model together."""
@@ -70,7 +70,7 @@ def gradient_sensitivity(
         return Sensitivity(
             _sum_of_squares(push, basis.reshape(-1, *inputs.shape), gradient), energy
         )
-    check("num_probes", num_probes, 1)
+    check_number("num_probes", num_probes, 1)
     key = jax.random.key(0) if key is None else key
     probes = jax.random.normal(key, (num_probes, *inputs.shape), inputs.dtype)
     total = _sum_of_squares(push, probes, gradient)

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from invjax.base import Array, Batch, Defense, Layer, Model, Params, PyTree
-from invjax.defenses.base import Elementary, from_stages, nothing
-from invjax.defenses.checks import check, describe, equals
-from invjax.defenses.law import Law, inform
-from invjax.models.layers import apply_layers, layers_of
+from invjax.checks import check_number, describe, equals
+from invjax.defenses.base import from_stages, nothing
+from invjax.defenses.masking import computed_mask_stage, view_mask
+from invjax.models.layers import apply_layers, check_layer_view, layers_of
 
 
 def soteria(
@@ -32,9 +32,9 @@ def soteria(
 
     Args:
       model: the client's model; it needs a layer view.
-      rate: share of the features that is zeroed, in [0, 1].
+      rate: share of the features that is zeroed, in [0, 1]; of 1 the one with the largest `s` stays.
       layer: which dense layer, counted from 0, or from -1 backwards; the last one by default.
-      epsilon: added to the features, in their units.
+      epsilon: added to the features, in their units, positive; 0.1 in the released code.
       known: whether the mask, `[in]` booleans, is published.
 
     Returns:
@@ -46,49 +46,29 @@ def soteria(
         observation does not hold.
       TypeError: `layer` is no integer.
     """
-    check("rate", rate, 0.0, 1.0)
-    check("epsilon", epsilon, 0.0)
+    check_number("rate", rate, 0.0, 1.0)
+    # A dead ReLU unit would have 0 / 0.
+    check_number("epsilon", epsilon, 0.0, open_low=True)
     if not isinstance(layer, int):
         raise TypeError(f"layer must be an integer, got {layer!r}.")
-    if model.layers is None:
-        raise ValueError(f"Soteria needs a layer view, which the model {model.name} has not.")
+    check_layer_view(model)
     name = describe("soteria", rate, layer=layer, epsilon=epsilon, known=known)
     if equals(rate, 0):
         return from_stages(nothing(name, "aggregate"))
 
-    def init(key, params):
-        del key
-        return jnp.ones(_weight(model, params, layer).shape[0], bool)
-
-    def prepare(batch: Batch, state, params: Params):
-        del state
+    def compute(params: Params, batch: Batch) -> Array:
         score = sensitivity(model, params, batch.inputs, layer, epsilon)
-        return batch, ~(jnp.abs(score) < jnp.quantile(score, rate))
+        return ~(jnp.abs(score) < jnp.quantile(score, rate))
 
-    def update(gradient, state, count):
-        del count
-        mask = _mask_rows(model, gradient, layer, state)
-        zeroed = jax.tree.map(lambda leaf, kept: jnp.where(kept, leaf, 0.0), gradient, mask)
-        return zeroed, state
-
-    def propagate(law: Law, observed, public) -> Law:
-        if known and public is None:
-            raise ValueError(
-                f"{name}: the likelihood needs the mask; pass public=defense.public(state), which "
-                "invjax.observe puts into observation.public."
-            )
-        if known:
-            kept = public
-        elif observed is not None:
-            kept = read_mask(model, observed, layer)
-        else:
-            kept = jnp.zeros(_weight(model, law.location, layer).shape[0], bool)
-        return inform(law, _mask_rows(model, law.location, layer, kept))
-
-    stage = Elementary(
-        name, "aggregate", init, update, propagate, prepare=prepare, keeps_zeros=True
+    stage = computed_mask_stage(
+        name,
+        whole=lambda tree: _features(model, tree, layer, True),
+        compute=compute,
+        read=lambda gradient: read_mask(model, gradient, layer),
+        spread=lambda tree, kept: _mask_rows(model, tree, layer, kept),
+        known=known,
     )
-    return from_stages(stage._replace(public=lambda state: state) if known else stage)
+    return from_stages(stage)
 
 
 def sensitivity(
@@ -107,7 +87,7 @@ def sensitivity(
       `[in]`, the sum over the batch of `|d r_f / d x|_2 / (r_f + epsilon)`.
 
     Raises:
-      ValueError: no such layer, or one whose input is not one vector a sample.
+      ValueError: no layer view, no such layer, or one whose input is not one vector a sample.
     """
     layers = layers_of(model, params)
     before = layers[: _position(model, layers, layer)]
@@ -162,8 +142,7 @@ def drop_layer_weights(model: Model, params: Params, layer: int = -1) -> PyTree:
     Raises:
       ValueError: no layer view, or no such layer.
     """
-    none = jnp.zeros(_weight(model, params, layer).shape[0], bool)
-    mask = _mask_rows(model, params, layer, none)
+    mask = _mask_rows(model, params, layer, _features(model, params, layer, False))
     return jax.tree.map(lambda kept: kept.all().astype(jnp.float32), mask)
 
 
@@ -185,9 +164,12 @@ def _weight(model: Model, tree: PyTree, layer: int) -> Array:
     return weight
 
 
+def _features(model: Model, tree: PyTree, layer: int, value: bool) -> Array:
+    """`[in]`, one value for every input feature of a layer."""
+    return jnp.full(_weight(model, tree, layer).shape[0], value)
+
+
 def _mask_rows(model: Model, tree: PyTree, layer: int, kept: Array) -> PyTree:
     """Booleans like the tree: false in the rows of a layer's weight whose feature is not kept."""
-    # The transpose of the layer view puts a weight where it belongs in the tree.
-    weight, embed = jax.vjp(lambda tree: _weight(model, tree, layer), tree)
-    zeroed = jnp.broadcast_to(~kept[:, None], weight.shape).astype(weight.dtype)
-    return jax.tree.map(lambda leaf: leaf == 0, embed(zeroed)[0])
+    rows = jnp.broadcast_to(kept[:, None], _weight(model, tree, layer).shape)
+    return view_mask(lambda tree: _weight(model, tree, layer), tree, rows)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from invjax.evaluation import files
+from invjax import files
+from invjax.evaluation import store
 
 
 class Checkpoint(NamedTuple):
@@ -39,7 +40,7 @@ def save(folder: pathlib.Path, block: str, step: int, state: Any, fingerprint: s
     Raises:
       OSError: a full disk, say; the earlier checkpoint stays.
     """
-    path, stored, kinds, leaves = files.npz_path(folder / "checkpoints", block), [], [], []
+    path, stored, kinds, leaves = store.npz_path(folder / "checkpoints", block), [], [], []
     for leaf in jax.tree.leaves(state):
         key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         array = np.asarray(jax.random.key_data(leaf) if key else leaf)
@@ -50,7 +51,7 @@ def save(folder: pathlib.Path, block: str, step: int, state: Any, fingerprint: s
         leaves.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     header = {"block": block, "step": int(step), "fingerprint": fingerprint}
     header |= {"leaves": _facts(state), "stored": stored, "kinds": kinds}
-    text = files.text(header).encode()
+    text = store.text(header).encode()
     arrays = {f"leaf{index}": leaf for index, leaf in enumerate(leaves)}
     with files.replacing(path) as file:
         crc = np.uint32(zlib.crc32(b"".join((text, *leaves))))
@@ -79,7 +80,7 @@ def load(folder: pathlib.Path, block: str, like: Any, fingerprint: str) -> Check
     Returns:
       The checkpoint; step 0 and state `None` where there is a problem.
     """
-    path = files.npz_path(folder / "checkpoints", block)
+    path = store.npz_path(folder / "checkpoints", block)
     wanted = {"block": block, "fingerprint": fingerprint, "leaves": _facts(like)}
     if not path.exists():
         return Checkpoint(0, None, "none")

@@ -53,9 +53,19 @@ def attack_over_training(
       A dict a step, attack and sample: `step`, `attack`, `accuracy`, `victim`, `sample`, `psnr` and the
       rest that `run.score` measures, against the private batch; and `prepared_psnr`, against what a
       defence on inputs made of it, which is all that the gradient knows.
+
+    Raises:
+      ValueError: steps that do not increase, more victims than training samples, or an attack that
+        cannot use what it will be shown; nothing is trained then.
     """
     defense = chain() if defense is None else defense
     training, held_out = utility.split(dataset, seed=seed)
+    victims = run.draw_victims(training, seed, num_victims, batch_size)
+    root = jax.random.key(seed)
+    fresh = model.init(root, dataset.input_shape)
+    for attack in attacks.values():
+        shown = (batch_size, num_victims, grant_labels, seed)
+        run.check(run.Experiment(training, utility.at(model, root), fresh, defense, attack, *shown))
     snapshots = utility.train(
         model,
         training,
@@ -66,8 +76,6 @@ def attack_over_training(
         optimizer=optimizer,
         seed=seed,
     )
-    victims = run.draw_victims(training, seed, num_victims, batch_size)
-    root = jax.random.key(seed)
     watch_keys, attack_keys, noise_keys = (
         jax.random.split(jax.random.fold_in(root, purpose), num_victims) for purpose in (6, 7, 8)
     )

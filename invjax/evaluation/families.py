@@ -56,9 +56,11 @@ class Family:
             )
         kinds = {type(end) for end in ends}
         weak, strong = self.weak, self.strong
-        if weak is None or strong is None or not kinds <= {int, float} or weak == strong:
+        numbers = weak is not None and strong is not None and kinds <= {int, float}
+        if not numbers or weak == strong or not math.isfinite(weak - strong):
             raise ValueError(
-                f"{self.defense}: weak and strong must be two numbers, got {weak!r} and {strong!r}."
+                f"{self.defense}: weak and strong must be two finite numbers, got {weak!r} and "
+                f"{strong!r}."
             )
         if len(kinds) == 2:
             object.__setattr__(self, "weak", float(weak))
@@ -150,7 +152,7 @@ def at(family: Family, strength: Strength) -> str:
 
 
 def numbers(family: Family, strengths: Sequence[Strength]) -> np.ndarray:
-    """What varies without another compilation, `[K, n]`, of a family without whole strengths."""
+    """What varies without another compilation, `[K, n]`: every float of the text, no whole number."""
     rows = [calls.numbers(calls.parse(at(family, one), "defense")) for one in strengths]
     return np.asarray(rows, np.float32)
 

@@ -240,9 +240,11 @@ def read_toml(
     """
     try:
         return from_mapping(tomllib.loads(pathlib.Path(path).read_text()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    except (tomllib.TOMLDecodeError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is not TOML: {error}.") from error
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

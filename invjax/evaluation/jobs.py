@@ -160,9 +160,7 @@ def observed(
     return batch, client(setting.numbers, params, watch_keys, batch), attack_keys
 
 
-def trained(
-    model: Model, dataset: datasets.Dataset, steps: int, seed: int, losses: list | None = None
-) -> Params:
+def trained(model: Model, dataset: datasets.Dataset, steps: int, seed: int) -> Params:
     """Weights after some steps of Adam (rate 1e-3, batches of 64), or fresh ones.
 
     Args:
@@ -170,7 +168,6 @@ def trained(
       dataset: to train on.
       steps: how many; 0 is fresh.
       seed: of the initialisation and of the batches.
-      losses: appended to, where given.
 
     Returns:
       The parameters.
@@ -183,17 +180,14 @@ def trained(
     rng = np.random.default_rng([seed, 4])
     for _ in range(steps):
         picks = rng.integers(0, len(dataset), TRAINING_BATCH)
-        params, state, loss = _update(model, params, state, datasets.take(dataset, picks))
-        if losses is not None:
-            losses.append(float(loss))
+        params, state = _update(model, params, state, datasets.take(dataset, picks))
     return params
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _update(model, params, state, batch):
-    loss, gradient = jax.value_and_grad(model.loss)(params, batch)
-    updates, state = OPTIMIZER.update(gradient, state, params)
-    return optax.apply_updates(params, updates), state, loss
+    updates, state = OPTIMIZER.update(jax.grad(model.loss)(params, batch), state, params)
+    return optax.apply_updates(params, updates), state
 
 
 def zero_gradients(observation: Observation) -> np.ndarray:

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from invjax.evaluation import files, store
+from invjax import files
+from invjax.evaluation import store
 
 OURS = ("journal/*.jsonl", "blocks/**/*.npz", "checkpoints/*.npz", "reconstructions/*.npz")
 
@@ -43,12 +44,12 @@ def _sha256(path: pathlib.Path) -> str:
 
 
 def _settings_crc(settings: Any) -> str:
-    return f"{zlib.crc32(files.text(settings, sort_keys=True).encode()):08x}"
+    return f"{zlib.crc32(store.text(settings, sort_keys=True).encode()):08x}"
 
 
 def _flat(value: Any, name: str = "") -> dict[str, str]:
     if not isinstance(value, dict) or not value:
-        return {name: files.text(value)}  # As text, in which NaN equals NaN.
+        return {name: store.text(value)}  # As text, in which NaN equals NaN.
     inner = (_flat(value[key], f"{name}.{key}" if name else key) for key in value)
     return {key: text for part in inner for key, text in part.items()}
 
@@ -70,7 +71,7 @@ def open_sweep(
     Raises:
       FolderError: the folder does not suit, its `sweep.json` is damaged, or its settings differ.
     """
-    path, now = folder / "sweep.json", json.loads(files.text(settings))
+    path, now = folder / "sweep.json", json.loads(store.text(settings))
     store.check_folder(folder, overwrite=True)
     if resume:
         if overwrite or not path.exists():
@@ -99,7 +100,7 @@ def open_sweep(
             for old in folder.glob(pattern):
                 old.unlink()
     record = {**now, "crc32": _settings_crc(now)}
-    files.write_atomic(path, (files.text(record, sort_keys=True, indent=2) + "\n").encode())
+    files.write_atomic(path, (store.text(record, sort_keys=True, indent=2) + "\n").encode())
     return now
 
 
@@ -115,7 +116,7 @@ def append(folder: pathlib.Path, process: int, entry: Mapping[str, Any]) -> None
       OSError: a full disk, say; the line may then be torn, which no later one suffers from.
       TypeError: an entry that JSON cannot hold.
     """
-    text = files.text(entry).encode()
+    text = store.text(entry).encode()
     line = b"%08x %b\n" % (zlib.crc32(text), text)
     path = folder / "journal" / f"process-{process:03d}.jsonl"
     files.make(path.parent)
@@ -161,9 +162,9 @@ def record_block(
     if status not in ("done", "failed"):
         raise ValueError(f"status must be done or failed, got {status!r}.")
     entry = {"kind": "block", "block": block, "status": status, "reason": reason, "rows": rows}
-    files.text(entry)  # What cannot be recorded must not replace a file either.
+    store.text(entry)  # What cannot be recorded must not replace a file either.
     path, file = (
-        files.npz_path(folder / "blocks" / ("failed" if status == "failed" else ""), block),
+        store.npz_path(folder / "blocks" / ("failed" if status == "failed" else ""), block),
         None,
     )
     if arrays is not None:
@@ -176,7 +177,7 @@ def record_block(
         file["sha256"] = hashlib.sha256(content).hexdigest()
         files.write_atomic(path, content)
     append(folder, process, {**entry, "file": file})
-    files.npz_path(folder / "checkpoints", block).unlink(missing_ok=True)
+    store.npz_path(folder / "checkpoints", block).unlink(missing_ok=True)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -326,7 +327,7 @@ def compact(
     for block in order:
         members.setdefault(of(block), []).append(block)
     for cell, blocks in members.items():
-        path = files.npz_path(folder / "reconstructions", cell)
+        path = store.npz_path(folder / "reconstructions", cell)
         joined = _joined(folder, cell, [chosen[block] for block in blocks])
         if joined:
             files.write_atomic(path, store.npz(**joined))

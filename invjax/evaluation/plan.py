@@ -37,7 +37,7 @@ def plan(settings: grid.Sweep, block_size: int | None = None) -> Plan:
 
     Args:
       settings: of the sweep.
-      block_size: jobs of a block; chosen as `sweep` would where `None`.
+      block_size: jobs of a block, at least 1; chosen as `sweep` would where `None`.
 
     Returns:
       The plan; nothing is recorded.

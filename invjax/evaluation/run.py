@@ -127,6 +127,9 @@ def attack_victims(
 
     Returns:
       The outcome; of an interrupted attack, the best so far.
+
+    Raises:
+      ValueError: more samples than the data set holds, or what the attack cannot use.
     """
     started = time.perf_counter()
     victims = draw_victims(
@@ -175,7 +178,9 @@ def score(
       reconstruction: stacked `[N, ...]`.
 
     Returns:
-      Inputs `[N, B, ...]` in raw units and labels `[N, B]`, both matched, and a dict a sample.
+      Inputs `[N, B, ...]` in raw units and labels `[N, B]`, both matched, and a dict a sample: what
+      `measure` gives, `victim`, `sample`, `label`, `recovered_label`, `label_right`, `found`, and the
+      `objective` of the batch.
     """
     order = _match(reconstruction.inputs, victims.inputs)
     inputs, labels, found = (
@@ -185,14 +190,15 @@ def score(
     truth = np.asarray(datasets.denormalize(dataset, victims.inputs))
     inputs = np.asarray(datasets.denormalize(dataset, inputs))
     rows = measure(dataset, truth, inputs)
+    private, objective = np.asarray(victims.labels), np.asarray(reconstruction.objective)
     for index, row in enumerate(rows):
         victim, sample = divmod(index, truth.shape[1])
         row["victim"], row["sample"] = victim, sample
-        row["label"] = int(victims.labels[victim, sample])
+        row["label"] = int(private[victim, sample])
         row["recovered_label"] = int(labels[victim, sample])
         row["label_right"] = row["label"] == row["recovered_label"]
         row["found"] = bool(found[victim, sample])
-        row["objective"] = float(reconstruction.objective[victim])
+        row["objective"] = float(objective[victim])
     return inputs, labels, rows
 
 
@@ -207,7 +213,8 @@ def measure(
       reconstruction: `[N, B, ...]`, raw units, matched to the truth.
 
     Returns:
-      `N * B` dicts, victim by victim.
+      `N * B` dicts, victim by victim: `psnr` in decibels, `mse` in squared raw units, `ssim` of images,
+      and `baseline_grey_psnr`, `baseline_mean_psnr` of guesses that saw no gradient.
     """
     low, high = raw_range(dataset)
     flat = [jnp.asarray(side).reshape(-1, *side.shape[2:]) for side in (truth, reconstruction)]
@@ -235,7 +242,10 @@ def raw_range(dataset: datasets.Dataset) -> tuple[float, float]:
 
 
 def best_so_far(trace: Any) -> np.ndarray:
-    """Objective of the best restart after every step, `[N, T]`; steps that nobody ran are cut off."""
+    """Objective of the best restart after every step, `[N, T]`, of a trace `[N, R, steps + 1]`.
+
+    Steps that nobody ran are cut off.
+    """
     trace = np.asarray(trace)
     finite = np.where(np.isfinite(trace), trace, np.inf)
     best = np.minimum.accumulate(finite.min(axis=1), axis=1)

@@ -13,7 +13,7 @@ import numpy as np
 
 from invjax.attacks.informed.training import Training
 from invjax.base import Array, Batch, Params
-from invjax.defenses.checks import check
+from invjax.checks import check_number
 from invjax.evaluation import checkpoint, parallel
 
 
@@ -68,7 +68,7 @@ def shadows(
       Parameters, stacked `[N, ...]`, on the host.
 
     Raises:
-      ValueError: a chunk below 1, an empty pool, or records of different shapes.
+      ValueError: a chunk below 1, an empty pool, records of different shapes, or without labels.
     """
     total = _check(known, pool, chunk)
     known, pool = (jax.tree.map(np.asarray, part) for part in (known, pool))
@@ -105,13 +105,19 @@ def shadows(
 
 
 def _check(known: Batch, pool: Batch, chunk: int) -> int:
-    check("chunk", chunk, 1)
+    check_number("chunk", chunk, 1)
     shapes = jnp.shape(known.inputs)[1:], jnp.shape(pool.inputs)[1:]
     if shapes[0] != shapes[1] or len(pool.labels) == 0:
         raise ValueError(
             "pool must hold records of the known ones' shape, and not be empty, got inputs of shape "
             f"{jnp.shape(pool.inputs)} beside {jnp.shape(known.inputs)}."
         )
+    for name, batch in (("known", known), ("pool", pool)):
+        if len(batch.labels) != len(batch.inputs):
+            raise ValueError(
+                f"{name} must have a label for each of its {len(batch.inputs)} records, got "
+                f"{len(batch.labels)}."
+            )
     return len(pool.labels)
 
 

@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from invjax.files import synced
+
 PACKAGES = ("invjax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -52,6 +54,24 @@ def check_folder(path: pathlib.Path, overwrite: bool) -> None:
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not os.access(parent, os.W_OK):
         raise FolderError(f"--out {path}: {parent} cannot be written to.")
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be recorded as JSON: {value!r}.")
+
+
+def text(value: Any, **options: Any) -> str:
+    """JSON on one line, NumPy's scalars and arrays included; `json.dumps` takes the options."""
+    return json.dumps(value, default=_plain, **options)
+
+
+def npz_path(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """The npz file of a name; a `ValueError` where the name is fit for no file."""
+    if not name or name.startswith(".") or "/" in name or "\0" in name:
+        raise ValueError(f"{name!r} cannot name a file: empty, with a slash, or a dot first.")
+    return folder / f"{name}.npz"
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
@@ -106,10 +126,8 @@ def write_folder(path: pathlib.Path, files: dict[str, bytes]) -> None:
         for name, content in files.items():
             target = temporary / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "wb") as file:
+            with synced(target) as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
         if not path.exists():
             os.replace(temporary, path)
             return

@@ -13,7 +13,8 @@ class Errors(NamedTuple):
     """Errors of every attack on every defence.
 
     Attributes:
-      by_defense: defence, then attack, to `mse` and `psnr`, `[S]` each: means over the samples of a seed.
+      by_defense: defence, then attack, to `mse` (squared raw units) and `psnr` (decibels), `[S]` each:
+        means over the samples of a seed.
       guess: `mse` and `psnr` of the data set's mean image, which saw no gradient; empty without rows.
       failed: `defense`, `attack` and `reason` of those that raised for some victims.
       failed_jobs: how many victims.

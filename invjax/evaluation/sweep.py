@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jax.experimental import multihost_utils
 
-from invjax import datasets, driver
+from invjax import datasets, driver, files
 from invjax.base import Observation, Params
-from invjax.evaluation import checkpoint, files, grid, jobs, journal, parallel, run, store
+from invjax.evaluation import checkpoint, grid, jobs, journal, parallel, run, store
 
 JOBS_ON_CPU = 64
 JOBS_ON_ACCELERATOR = 1024
@@ -86,21 +86,26 @@ def sweep(
         checkpoint.
 
     Returns:
-      One row a reconstructed sample: settings, metrics, baselines, status, time, versions.
+      One row a reconstructed sample: settings, metrics, baselines, time, versions, and the status:
+      `ok`; `not found` where the attack itself knows so; `not finite`; `failed` where it raised.
 
     Raises:
       ValueError: settings that cannot be read, or a folder that does not suit; nothing has run then.
+      OSError: a full disk, say; what was recorded stays.
     """
     if not isinstance(settings, grid.Sweep):
         is_path = isinstance(settings, str | pathlib.Path)
         settings = grid.from_toml(settings) if is_path else grid.from_mapping(settings)
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}.")
+    if out is None and (resume or jax.process_count() > 1):
+        raise ValueError("out must name a folder to resume in, or for several processes to share.")
     check(settings)
-    if out is None:
-        with tempfile.TemporaryDirectory() as folder:
-            options = (False, False, block_size, checkpoint_seconds, on_event)
-            return _sweep(settings, pathlib.Path(folder) / "sweep", *options)
     options = (resume, overwrite, block_size, checkpoint_seconds, on_event)
-    return _sweep(settings, pathlib.Path(out), *options)
+    if out is not None:
+        return _sweep(settings, pathlib.Path(out), *options)
+    with tempfile.TemporaryDirectory() as folder:
+        return _sweep(settings, pathlib.Path(folder) / "sweep", *options)
 
 
 def check(settings: grid.Sweep) -> list[jobs.Setting]:
@@ -294,12 +299,10 @@ def _attack(settings, prepared, size, checkpoints, event, tell):
         row["initial_objective"] = float(result.initial_objective[victim])
         row["steps"] = result.steps
         row["seconds"] = elapsed / len(rows)
-        row["status"], row["reason"] = "ok", ""
+        row["status"], row["reason"] = _status(row)
         if silent[victim]:
             # No failure: the defence won, and what came back is a guess.
             row["reason"] = "the defence left a gradient of zeros"
-        if not (row["found"] and np.isfinite(row["mse"])):
-            row["status"], row["reason"] = "not finite", "the attack did not stay finite"
         row.update(facts)
     arrays = {
         "truth": np.asarray(datasets.denormalize(setting.dataset, batch.inputs)),
@@ -308,6 +311,15 @@ def _attack(settings, prepared, size, checkpoints, event, tell):
         "recovered_labels": labels,
     }
     return rows, {name: array[: block.count] for name, array in arrays.items()}
+
+
+def _status(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Status of a sample that came back, and the reason where it is not `ok`."""
+    if row["found"] and np.isfinite(row["mse"]):
+        return "ok", ""
+    if np.isfinite([row["mse"], row["objective"]]).all():
+        return "not found", "the attack knows that it has not found this sample"
+    return "not finite", "the attack did not stay finite"
 
 
 def _facts(block: grid.Block) -> dict[str, Any]:

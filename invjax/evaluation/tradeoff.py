@@ -3,6 +3,10 @@
 Which of two defences protects better can only be said where both cost the same. Every family is trained
 with over its strengths, the strengths are found that cost given amounts of utility, and all attacks that
 apply are run against these; the strongest one's error is what the defence is worth (Liu et al. 2024).
+
+They set the training loss at the end against the root mean square error of reconstructed features. Here
+the price is what test accuracy or training loss (`Tradeoff.utility`) differs by from an undefended twin of
+the same seed, and the error is the mean squared one of the inputs, over victims and seeds.
 """
 
 import json
@@ -14,18 +18,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from invjax import defenses
-from invjax.evaluation import (
-    families,
-    files,
-    grid,
-    jobs,
-    journal,
-    run,
-    store,
-    strongest,
-)
+from invjax import defenses, files
+from invjax.attacks import by_name
+from invjax.evaluation import families, grid, jobs, journal, run, store, strongest
 from invjax.evaluation import sweep as engine
 from invjax.evaluation.families import Family, Strength
 from invjax.evaluation.tradeoff_settings import (
@@ -68,9 +65,11 @@ class Result(NamedTuple):
 
     Attributes:
       table: a dict a family and level: the strength that costs so much, what it costs, and the errors
-        of the attacks.
+        of the attacks. `mse` is in squared raw units, `psnr` in decibels, `_error` a standard error
+        over seeds; `None` stands for what there is none of, or what did not stay finite.
       curves: a dict a family and attacked strength, from weak to strong; the undefended one first.
-      guess: `mse` and `psnr` of the data set's mean image, which saw no gradient.
+      guess: `mse` and `psnr` of the data set's mean image, which saw no gradient; empty where nothing
+        was attacked.
       refused: attacks that do not apply to a family, with the reason.
       failed: trainings and attacks that raised, with the reason.
       failed_jobs: how many attacked gradients that were.
@@ -113,7 +112,9 @@ def tradeoff(
       The result, which the folder holds as `results.json`, its table as `results.parquet`.
 
     Raises:
-      ValueError: settings that cannot be read, a folder that does not suit, several processes.
+      ValueError: settings that cannot be read, a folder that does not suit, several processes, or an
+        undefended training that diverges.
+      OSError: a full disk, say; what was recorded stays.
     """
     if not isinstance(settings, Tradeoff):
         is_path = isinstance(settings, str | pathlib.Path)
@@ -133,7 +134,8 @@ def check(settings: Tradeoff) -> None:
       settings: of the comparison.
 
     Raises:
-      ValueError: whatever is wrong in any of them, with the defence.
+      ValueError: whatever is wrong in any of them, with the defence or attack; too few samples; several
+        processes.
     """
     if jax.process_count() > 1:
         raise ValueError("A comparison runs in one process, on all of its devices.")
@@ -145,6 +147,13 @@ def check(settings: Tradeoff) -> None:
             f"num_victims {settings.num_victims} of batch_size {settings.batch_size} need {needed} "
             f"samples, {settings.dataset} has {len(dataset)}."
         )
+    for text in settings.attacks:
+        try:
+            by_name(text, model, defenses.chain())
+        except ValueError as error:
+            # An attack that does not suit the model is listed in the end; a mistyped setting is not.
+            if isinstance(error.__cause__, TypeError):
+                raise
     for family in settings.defenses:
         for strength in dict.fromkeys((family.weak, family.strong)):
             text = families.at(family, strength)
@@ -193,7 +202,7 @@ def _tradeoff(settings, folder, resume, overwrite, seconds, tell) -> Result:
             ).to_pylist()
     result = _result(settings, measured, attacked, refused, failed)
     files.write_atomic(folder / "results.parquet", store.parquet(result.table))
-    files.write_atomic(folder / "results.json", (files.text(result._asdict()) + "\n").encode())
+    files.write_atomic(folder / "results.json", (store.text(result._asdict()) + "\n").encode())
     tell(Event("", len(members), len(members), "done"))
     return result
 
@@ -225,13 +234,44 @@ def attack_folder(folder: pathlib.Path, index: int, family: Family) -> pathlib.P
 
     Args:
       folder: of the comparison.
-      index: place of the family among those of the settings, from 0.
+      index: place of the family among those of the settings, from 1; 0 is no defence.
       family: the family of defences.
 
     Returns:
       The folder of the sweep.
     """
     return folder / "attacks" / _name(index, family)
+
+
+def reconstructions(folder: pathlib.Path, point: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
+    """What an attack gave back behind a defence, beside the truth.
+
+    Args:
+      folder: of the comparison.
+      point: of `Result.table` or `Result.curves`. `family`, `defense` and `attack` are read, so
+        `point | {"attack": text}` asks for another attack on the same defence.
+
+    Returns:
+      `truth` and `reconstruction`, `[N, ...]` in raw units, matched: samples of all seeds and victims.
+      `None` where none are on record.
+
+    Raises:
+      ValueError: there is no comparison that can be read, or it has no such family.
+    """
+    if point["attack"] is None:
+        return None
+    settings = read(folder)[0]
+    members = {family.defense: family for family in (UNDEFENDED, *settings.defenses)}
+    if point["family"] not in members:
+        raise ValueError(f"family must be one of {', '.join(members)}, got {point['family']!r}.")
+    inner = attack_folder(folder, list(members).index(point["family"]), members[point["family"]])
+    (cell,) = grid.cells(attack_sweep(settings, [point["defense"]], [point["attack"]]))
+    path = inner / "reconstructions" / f"{cell.name}.npz"
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as arrays:
+        sides = {side: arrays[side] for side in ("truth", "reconstruction")}
+    return {side: array.reshape(-1, *array.shape[2:]) for side, array in sides.items()}
 
 
 def _name(index: int, family: Family) -> str:
@@ -241,9 +281,9 @@ def _name(index: int, family: Family) -> str:
 
 def _remove(folder: pathlib.Path) -> None:
     """Remove an earlier comparison's attacks; the settings go first, so that half of it cannot resume."""
-    if (folder / "sweep.json").exists():
-        (folder / "sweep.json").unlink()
-        (folder / "results.json").unlink(missing_ok=True)
+    for path in (folder / "sweep.json", folder / "results.json"):
+        if path.exists():
+            path.unlink()
     for inner in folder.glob("attacks/*/sweep.json"):
         shutil.rmtree(inner.parent)
 
@@ -253,13 +293,18 @@ def _train(settings, family, undefended):
     # JAX keeps all that it ever compiled.
     jax.clear_caches()
     try:
-        return train_family(settings, family, undefended), ""
+        rows = train_family(settings, family, undefended)
     except (KeyboardInterrupt, MemoryError, OSError):
         raise
     except Exception as error:
         if family is UNDEFENDED:
             raise
         return [], f"{type(error).__name__}: {error}".splitlines()[0][:500]
+    if family is UNDEFENDED and not all(np.isfinite(row["loss"]) for row in rows):
+        raise ValueError(
+            f"Without a defence the training diverges: choose a lower rate than {settings.optimizer}."
+        )
+    return rows, ""
 
 
 def applicable(
@@ -313,7 +358,17 @@ def _result(settings, measured, attacked, refused, failed) -> Result:
                 table.append(head | at[match.strength])
     failed = failed + [one for errors in every.values() for one in errors.failed]
     guess = next((errors.guess for errors in every.values() if errors.guess), {})
-    return Result(table, curves, guess, refused, failed, sum(o.failed_jobs for o in every.values()))
+    jobs_failed = sum(errors.failed_jobs for errors in every.values())
+    return Result(_finite(table), _finite(curves), _finite(guess), refused, failed, jobs_failed)
+
+
+def _finite(value: Any) -> Any:
+    """The same without NaN and infinities, which JSON does not know."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _point(settings, family, rows, strength, found) -> dict[str, Any]:

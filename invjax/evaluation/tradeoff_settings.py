@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -89,7 +90,8 @@ class Tradeoff:
         for name, low in (least | {"num_victims": 1, "attack_step": 0}).items():
             if type(getattr(self, name)) is not int or getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)!r}.")
-        if min(self.seeds) < 0 or min(self.levels) <= 0 or not 0 < self.tolerance < 1:
+        positive = all(0 < level < math.inf for level in self.levels)
+        if min(self.seeds) < 0 or not positive or not 0 < self.tolerance < 1:
             raise ValueError(
                 "seeds must not be negative, levels must be positive and tolerance in (0, 1), got "
                 f"{self.seeds}, {self.levels} and {self.tolerance}."

@@ -125,7 +125,7 @@ def matches(
 def attacked_strengths(
     settings: Tradeoff, family: Family, rows: Sequence[Mapping[str, Any]]
 ) -> list[Strength]:
-    """The grid's strengths and the matched ones, from weak to strong."""
+    """The grid's strengths and those that stand for the levels, from weak to strong."""
     chosen = families.spaced(family, settings.grid)
     chosen += [match.strength for match in matches(settings, family, rows).values()]
     return sorted(dict.fromkeys(chosen), key=lambda one: families.position(family, one))

@@ -11,12 +11,15 @@ import numpy as np
 import optax
 
 from invjax import conv, datasets, driver, gradients
-from invjax.base import Array, Batch, Defense, Model, Params
+from invjax.base import Array, Batch, Defense, Model, Params, PyTree
 from invjax.defenses import chain
 from invjax.defenses.precode import Precode
 
 CHUNK = 500
 """Samples that are classified at once."""
+
+HELD_OUT = 0.2
+"""Share of a data set that accuracy is measured on, where it has no part of its own for that."""
 
 
 class Snapshot(NamedTuple):
@@ -34,14 +37,14 @@ class Snapshot(NamedTuple):
 
 
 def split(
-    dataset: datasets.Dataset, fraction: float = 0.2, seed: int = 0
+    dataset: datasets.Dataset, fraction: float = HELD_OUT, seed: int = 0
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """A data set in two parts, at random.
 
     Args:
       dataset: the whole.
       fraction: of the second part, in (0, 1).
-      seed: of the order.
+      seed: of the draw.
 
     Returns:
       Both parts, as data sets.
@@ -49,17 +52,22 @@ def split(
     Raises:
       ValueError: a part would be empty.
     """
-    held_out = round(len(dataset) * fraction)
-    if not 0 < held_out < len(dataset):
-        raise ValueError(
-            f"fraction must leave both parts some of {len(dataset)} samples, got {fraction}."
-        )
-    order = np.random.default_rng(seed).permutation(len(dataset))
     first, second = (
         dataclasses.replace(dataset, inputs=dataset.inputs[part], labels=dataset.labels[part])
-        for part in (order[held_out:], order[:held_out])
+        for part in _parts(len(dataset), fraction, seed)
     )
     return first, second
+
+
+def _parts(number: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of both parts of so many samples."""
+    held_out = round(number * fraction)
+    if not 0 < held_out < number:
+        raise ValueError(
+            f"fraction must leave both parts some of {number} samples, got {fraction}."
+        )
+    order = np.random.default_rng(seed).permutation(number)
+    return order[held_out:], order[:held_out]
 
 
 def train(
@@ -103,12 +111,8 @@ def train(
     @jax.jit
     def update(params, state, key, batch: Batch):
         defense_state, optimizer_state = state
-        batch, defense_state = defense.prepare(batch, defense_state, params)
-        plain = at(model, key)
-        per_sample = defense.stage == "per_sample"
-        take = gradients.per_sample_gradients if per_sample else gradients.gradient
-        defended, defense_state = defense.update(take(plain, params, batch), defense_state, params)
-        updates, optimizer_state = optimizer.update(defended, optimizer_state, params)
+        sent, defense_state = _send(defense, at(model, key), params, batch, defense_state)
+        updates, optimizer_state = optimizer.update(sent, optimizer_state, params)
         return optax.apply_updates(params, updates), (defense_state, optimizer_state)
 
     rng = np.random.default_rng([seed, 4])
@@ -121,6 +125,14 @@ def train(
             key = jax.random.fold_in(root, 10 + step)
             params, state = update(params, state, key, datasets.take(training, picks))
     return snapshots
+
+
+def _send(defense: Defense, model: Model, params: Params, batch: Batch, state: PyTree):
+    """What a client sends of a batch, and its defence's next state."""
+    batch, state = defense.prepare(batch, state, params)
+    per_sample = defense.stage == "per_sample"
+    take = gradients.per_sample_gradients if per_sample else gradients.gradient
+    return defense.update(take(model, params, batch), state, params)
 
 
 def at(model: Model | Precode, key: Array) -> Model:
@@ -191,11 +203,12 @@ def samples(
 
     Returns:
       The samples.
+
+    Raises:
+      ValueError: too few samples to hold any out.
     """
     if held_out is None:
-        number = round(len(training) * 0.2)
-        orders = [np.random.default_rng(seed).permutation(len(training)) for seed in seeds]
-        parts = [(order[number:], order[:number]) for order in orders]
+        parts = [_parts(len(training), HELD_OUT, seed) for seed in seeds]
         inputs, labels = training.inputs, training.labels
     else:
         ends = len(training), len(training) + len(held_out)
@@ -274,10 +287,7 @@ def trainer(
             one = defense(numbers)
 
             def client(state, picks):
-                batch, state = one.prepare(Batch(inputs[picks], labels[picks]), state, params)
-                per_sample = one.stage == "per_sample"
-                take = gradients.per_sample_gradients if per_sample else gradients.gradient
-                return one.update(take(model, params, batch), state, params)
+                return _send(one, model, params, Batch(inputs[picks], labels[picks]), state)
 
             sent, states = jax.vmap(client)(states, picks)
             mean = jax.tree.map(lambda leaf: leaf.mean(axis=0), sent)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from invjax.base import Array, Batch, Model, Params
+from invjax.base import Array, Batch, Head, Model, Params
 from invjax.models.losses import cross_entropy
 from invjax.models.modules import (
     batch_dependence,
@@ -237,30 +237,38 @@ def normalized(model: Model, mean: Any, std: Any) -> Model:
       std: channel standard deviations `[C]`, or one number; positive.
 
     Returns:
-      A model of raw inputs, with the same parameters and no layer view.
+      A model of raw inputs, with the same parameters, and the same dense head, but no layer view.
 
     Raises:
-      ValueError: a mean that is not finite, a standard deviation that is not positive, or more
-        than one axis.
+      ValueError: a mean that is not finite, a standard deviation that is not positive and finite, or
+        more than one axis; and, when it meets them, inputs of another number of channels.
     """
     mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
     if mean.ndim > 1 or not bool(jnp.isfinite(mean).all()):
         raise ValueError(f"mean must be finite, a number or one a channel, got {mean}.")
-    if std.ndim > 1 or not bool((std > 0).all()):
+    if std.ndim > 1 or not bool(((std > 0) & jnp.isfinite(std)).all()):
         raise ValueError(f"std must be positive, a number or one a channel, got {std}.")
 
     def scaled(inputs: Array) -> Array:
+        for name, values in (("mean", mean), ("std", std)):
+            if values.size not in (1, inputs.shape[-1]):
+                raise ValueError(
+                    f"{name} has {values.size} channels, but inputs of shape {inputs.shape} have "
+                    f"{inputs.shape[-1]}."
+                )
         shape = (1,) * (inputs.ndim - 1) + (-1,)
         return (inputs - mean.reshape(shape)) / std.reshape(shape)
 
     def loss(params: Params, batch: Batch) -> Array:
         return model.loss(params, batch._replace(inputs=scaled(batch.inputs)))
 
-    measure, swap = model.statistics, model.with_convolution
+    measure, swap, head = model.statistics, model.with_convolution, model.head
     return model._replace(
         apply=lambda params, inputs: model.apply(params, scaled(inputs)),
         loss=loss,
         layers=None,
+        head=head
+        and Head(lambda params, inputs: head.features(params, scaled(inputs)), head.layers),
         statistics=measure and (lambda params, inputs: measure(params, scaled(inputs))),
         with_convolution=swap and (lambda conv: normalized(swap(conv), mean, std)),
     )

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 
 from invjax.base import Array, Layer, Model, PyTree
+from invjax.checks import check_choice
 from invjax.models.modules import check_image_shape, zoo_model
 
 Init = Literal["torch", "he", "lecun", "wide"]
@@ -52,6 +53,17 @@ class Spec(NamedTuple):
     activation: str = "identity"
     bias: bool = True
     norm: str = "none"
+
+
+_SIZES = {
+    "conv": ("features", "window", "stride"),
+    "dense": ("features",),
+    "max_pool": ("window",),
+    "average_pool": ("window",),
+    "global_average_pool": (),
+    "flatten": (),
+}
+"""Kinds of layers, and the sizes that each must have."""
 
 
 def initializers(init: Init, fan_in: int) -> dict[str, Any]:
@@ -116,12 +128,6 @@ def make_norm(kind: str, features: int, rngs: nnx.Rngs) -> Any:
     return None
 
 
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse a value that is not among those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
-
-
 class Chain(nnx.Module):
     """The flax module of a chain; parameters are named `layer00`, `layer01`, ..."""
 
@@ -131,15 +137,13 @@ class Chain(nnx.Module):
         if any(spec.kind == "conv" for spec in specs):
             check_image_shape(shape)
         for index, spec in enumerate(specs):
+            after = _shape_after(spec, shape)
+            if min(after) < 1:
+                raise ValueError(
+                    f"Inputs of shape {tuple(input_shape)} are too small: layer {index} "
+                    f"({spec.kind}) leaves nothing of {shape}."
+                )
             if spec.kind == "conv":
-                side = [
-                    (size + 2 * spec.padding - spec.window) // spec.stride + 1 for size in shape[:2]
-                ]
-                if min(side) < 1:
-                    raise ValueError(
-                        f"Inputs of shape {tuple(input_shape)} are too small: layer {index} "
-                        f"is left with {shape[:2]} pixels."
-                    )
                 layer = nnx.Conv(
                     shape[2],
                     spec.features,
@@ -155,31 +159,17 @@ class Chain(nnx.Module):
                 norm = make_norm(spec.norm, spec.features, rngs)
                 if norm is not None:
                     setattr(self, _norm(index), norm)
-                shape = (*side, spec.features)
             elif spec.kind == "dense":
+                starts = initializers(init, shape[-1])
                 layer = nnx.Linear(
-                    shape[-1],
-                    spec.features,
-                    use_bias=spec.bias,
-                    rngs=rngs,
-                    **initializers(init, shape[-1]),
+                    shape[-1], spec.features, use_bias=spec.bias, rngs=rngs, **starts
                 )
                 setattr(self, _layer(index), layer)
-                shape = (*shape[:-1], spec.features)
-            else:
-                probe = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-                shape = jax.eval_shape(lambda x, spec=spec: reshape_or_pool(spec, x), probe).shape[
-                    1:
-                ]
-                if 0 in shape:
-                    raise ValueError(
-                        f"Inputs of shape {tuple(input_shape)} are too small: layer {index} "
-                        f"({spec.kind}) leaves nothing."
-                    )
+            shape = after
 
     def __call__(self, x, features: bool = False):
         """Logits of a batch, or what goes into the dense layers at the end."""
-        for index, spec in enumerate(self.specs[: _head_start(self.specs) if features else None]):
+        for index, spec in enumerate(self.specs[: head_start(self.specs) if features else None]):
             if spec.kind in ("conv", "dense"):
                 x = getattr(self, _layer(index))(x)
                 if spec.norm != "none":
@@ -200,10 +190,21 @@ def reshape_or_pool(spec: Spec, x: Array) -> Array:
     return pool(x, spec.window)
 
 
-def _head_start(specs: Sequence[Spec]) -> int:
-    """Index of the first of the dense layers at the end."""
-    start = len(specs)
-    while start and specs[start - 1].kind == "dense":
+def _shape_after(spec: Spec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of one output of a layer, of the shape of one input."""
+    if spec.kind == "conv":
+        sides = [(side + 2 * spec.padding - spec.window) // spec.stride + 1 for side in shape[:2]]
+        return (*sides, spec.features)
+    if spec.kind == "dense":
+        return (*shape[:-1], spec.features)
+    probe = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    return jax.eval_shape(lambda x: reshape_or_pool(spec, x), probe).shape[1:]
+
+
+def head_start(layers: Sequence[Spec] | Sequence[Layer]) -> int:
+    """Index of the first of the dense layers at the end; the number of layers where there is none."""
+    start = len(layers)
+    while start and layers[start - 1].kind == "dense":
         start -= 1
     return start
 
@@ -229,12 +230,12 @@ def chain_model(specs: Sequence[Spec], num_classes: int, name: str, init: Init =
       The model; with a layer view unless it has norm layers.
 
     Raises:
-      ValueError: an unknown choice.
+      ValueError: an unknown choice, a size below one, a norm after another layer than a convolution;
+        and, of its `init`, inputs of another number of axes or too small.
     """
     check_choice("init", init, get_args(Init))
-    for spec in specs:
-        check_choice("activation", spec.activation, tuple(activations))
-        check_choice("norm", spec.norm, ("none", "batch", "group"))
+    for index, spec in enumerate(specs):
+        _check_spec(index, spec)
     norms = {spec.norm for spec in specs}
 
     def build(input_shape, rngs, conv):
@@ -248,11 +249,24 @@ def chain_model(specs: Sequence[Spec], num_classes: int, name: str, init: Init =
         num_classes,
         name,
         layers=layers if norms == {"none"} else None,
-        head=(lambda tree: layers(tree)[_head_start(specs) :])
+        head=(lambda tree: layers(tree)[head_start(specs) :])
         if specs[-1].kind == "dense"
         else None,
         batch_norm="batch" in norms,
     )
+
+
+def _check_spec(index: int, spec: Spec) -> None:
+    check_choice("kind", spec.kind, tuple(_SIZES))
+    check_choice("activation", spec.activation, tuple(activations))
+    check_choice("norm", spec.norm, ("none", "batch", "group"))
+    if spec.norm != "none" and spec.kind != "conv":
+        raise ValueError(f"norm must be 'none' for layer {index} ({spec.kind}), got {spec.norm!r}.")
+    for name in _SIZES[spec.kind]:
+        if getattr(spec, name) < 1:
+            raise ValueError(
+                f"{name} of layer {index} ({spec.kind}) must be at least 1, got {getattr(spec, name)}."
+            )
 
 
 def _layer_view(index: int, spec: Spec, tree: PyTree) -> Layer:

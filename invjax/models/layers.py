@@ -5,9 +5,22 @@ import jax.numpy as jnp
 
 from invjax.base import Array, Layer, Model, PyTree
 from invjax.conv import im2col_conv
-from invjax.models.chain import Spec, activations, reshape_or_pool
+from invjax.models.chain import Spec, activations, head_start, reshape_or_pool
 
 Layers = tuple[Layer, ...]
+
+
+def check_layer_view(model: Model) -> None:
+    """Refuse a model that is no chain of layers.
+
+    Args:
+      model: any model.
+
+    Raises:
+      ValueError: it has no layer view.
+    """
+    if model.layers is None:
+        raise ValueError(f"The model {model.name} has no layer view.")
 
 
 def layers_of(model: Model, tree: PyTree) -> Layers:
@@ -23,8 +36,8 @@ def layers_of(model: Model, tree: PyTree) -> Layers:
     Raises:
       ValueError: the model has no layer view.
     """
-    if model.layers is None:
-        raise ValueError(f"The model {model.name} has no layer view.")
+    check_layer_view(model)
+    assert model.layers is not None
     return model.layers(tree)
 
 
@@ -44,9 +57,7 @@ def split_at_head(model: Model, tree: PyTree) -> tuple[Layers, Layers]:
         activation on the logits, or a single logit.
     """
     layers = layers_of(model, tree)
-    start = len(layers)
-    while start and layers[start - 1].kind == "dense":
-        start -= 1
+    start = head_start(layers)
     front, head = layers[:start], layers[start:]
     if not head:
         raise ValueError(f"The model {model.name} does not end in a dense layer.")

@@ -1,7 +1,6 @@
 """Models by name, and parameters in files."""
 
 import functools
-import os
 import pathlib
 import zipfile
 import zlib
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from invjax import calls
+from invjax import calls, files
 from invjax.base import Model, Params
 from invjax.models import resnet, zoo
 from invjax.models.reference import CONVOLUTIONS, reference
@@ -63,32 +62,26 @@ def by_name(text: str, num_classes: int) -> Model:
 
 
 def save_params(path: str | pathlib.Path, params: Params) -> None:
-    """Write parameters as npz, under a temporary name first.
+    """Write parameters as npz, so that whenever the machine stops the file is the old one or the new one.
 
     Args:
-      path: the file.
+      path: the file; its folder is made if it is not there.
       params: the parameters.
 
     Raises:
       ValueError: a leaf of a type that npz cannot hold (bfloat16, keys).
+      OSError: a full disk, say; no temporary file is left behind then.
     """
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".partial")
-    arrays = {
-        jax.tree_util.keystr(name): np.asarray(leaf)
-        for name, leaf in jax.tree.leaves_with_path(params)
-    }
-    for name, array in arrays.items():
-        if array.dtype.kind not in "biufc":
+    arrays = {}
+    for path_in_tree, leaf in jax.tree.leaves_with_path(params):
+        name = jax.tree_util.keystr(path_in_tree)
+        is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        array = leaf if is_key else np.asarray(leaf)
+        if is_key or array.dtype.kind not in "biufc":
             raise ValueError(f"params{name} has dtype {array.dtype}, which npz cannot hold.")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        arrays[name] = array
+    with files.replacing(pathlib.Path(path)) as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def load_params(path: str | pathlib.Path, like: Params) -> Params:

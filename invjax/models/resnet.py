@@ -3,7 +3,8 @@
 from flax import nnx
 
 from invjax.base import Layer, Model, PyTree
-from invjax.models.chain import activations, check_choice, initializers, make_norm
+from invjax.checks import check_choice
+from invjax.models.chain import activations, initializers, make_norm
 from invjax.models.modules import check_image_shape, zoo_model
 
 
@@ -108,12 +109,17 @@ def resnet18(
       The model.
 
     Raises:
-      ValueError: an unknown norm or activation, a negative number of hidden units.
+      ValueError: an unknown norm or activation, a size below one, a negative number of hidden units.
     """
     check_choice("norm", norm, ("group", "batch"))
     check_choice("activation", activation, tuple(activations))
-    if hidden < 0:
-        raise ValueError(f"hidden must be at least 0, got {hidden}.")
+    for name, size, least in (
+        ("num_classes", num_classes, 1),
+        ("width", width, 1),
+        ("hidden", hidden, 0),
+    ):
+        if size < least:
+            raise ValueError(f"{name} must be at least {least}, got {size}.")
 
     def build(input_shape, rngs, conv):
         return ResNet(input_shape, num_classes, width, norm, hidden, activation, rngs, conv)

@@ -7,7 +7,7 @@ from invjax.models.chain import Init, Spec, chain_model
 
 
 def mlp(
-    widths: Sequence[int] = (128,),
+    widths: Sequence[int] | int = (128,),
     num_classes: int = 10,
     activation: str = "relu",
     bias: bool = True,
@@ -16,14 +16,17 @@ def mlp(
     """A multilayer perceptron on flattened inputs.
 
     Args:
-      widths: units of every hidden layer.
-      num_classes: number of classes.
+      widths: units of every hidden layer; a number for one layer, none for a linear model.
+      num_classes: number of classes; 1 for a binary model with one logit.
       activation: of the hidden layers, a name of `activations`.
       bias: whether layers have biases.
-      init: how weights start.
+      init: how weights start: `torch`, `he`, `lecun` or `wide` (see `initializers`).
 
     Returns:
       The model.
+
+    Raises:
+      ValueError: an unknown activation or `init`, a size below one.
 
     Example:
       >>> import jax, invjax
@@ -53,6 +56,9 @@ def lenet(
 
     Returns:
       The model.
+
+    Raises:
+      ValueError: an unknown activation or `init`, a size below one.
     """
     convs = [Spec("conv", width, 5, stride, 2, activation) for stride in (2, 2, 1)]
     return chain_model(
@@ -71,10 +77,13 @@ def convnet(
       num_classes: number of classes.
       width: channels of the first convolution; the published sizes are 32, 64 and 128.
       norm: `batch` (evaluation mode) as published, `group` or `none`.
-      init: how weights start.
+      init: how weights start, as in `mlp`.
 
     Returns:
       The model.
+
+    Raises:
+      ValueError: an unknown norm or `init`, a size below one.
     """
 
     def conv(factor: int) -> Spec:
@@ -94,10 +103,13 @@ def convnet_small(num_classes: int = 10, width: int = 32, init: Init = "torch") 
     Args:
       num_classes: number of classes.
       width: channels of the first convolution.
-      init: how weights start.
+      init: how weights start, as in `mlp`.
 
     Returns:
       The model.
+
+    Raises:
+      ValueError: an unknown `init`, a size below one.
     """
 
     def conv(factor: int, stride: int = 1) -> Spec:
@@ -133,6 +145,9 @@ def cnn6(num_classes: int = 1) -> Model:
 
     Returns:
       The model.
+
+    Raises:
+      ValueError: a number below one.
     """
     return _cnn6(36, num_classes, "cnn6")
 
@@ -145,6 +160,9 @@ def cnn6_d(num_classes: int = 1) -> Model:
 
     Returns:
       The model.
+
+    Raises:
+      ValueError: a number below one.
     """
     return _cnn6(20, num_classes, "cnn6_d")
 
@@ -157,10 +175,13 @@ def cnn(num_classes: int = 10, init: Init = "torch") -> Model:
 
     Args:
       num_classes: number of classes.
-      init: how weights start.
+      init: how weights start, as in `mlp`.
 
     Returns:
       The model.
+
+    Raises:
+      ValueError: an unknown `init`, a size below one.
     """
     pool = Spec("average_pool", window=2)
     specs = [

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from invjax.report.figures import png
+from invjax.report.sweep_figures import column, mean_error
 
 MOST = 150.0
 """Decibels shown at most: a closed form may be exact, which is infinitely many."""
@@ -21,18 +22,18 @@ def course_figure(rows: Sequence[dict[str, Any]], value: str = "psnr") -> bytes:
         what a defence on inputs made of them.
 
     Returns:
-      A PNG file. Bars are standard errors of the mean over samples.
+      A PNG file. Bars are standard errors of the mean over samples; one sample has none. Samples whose
+      PSNR is no number are left out.
     """
     figure = Figure(figsize=(6.4, 4.4), dpi=130, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     for attack in dict.fromkeys(row["attack"] for row in rows):
-        groups: dict[int, list[float]] = {}
-        for row in rows:
-            if row["attack"] == attack:
-                groups.setdefault(row["step"], []).append(min(row[value], MOST))
-        steps = sorted(groups)
-        means = [np.mean(groups[step]) for step in steps]
-        errors = [np.std(groups[step]) / np.sqrt(len(groups[step])) for step in steps]
+        mine = [row for row in rows if row["attack"] == attack]
+        steps = sorted({row["step"] for row in mine})
+        groups = (column((row for row in mine if row["step"] == step), value) for step in steps)
+        # Where not even that is finite, nothing is drawn.
+        found = np.array([mean_error(np.minimum(group, MOST)) for group in groups])
+        means, errors = np.where(np.isfinite(found), found, np.nan).T
         above.errorbar(steps, means, errors, marker="o", markersize=3, capsize=2, label=attack)
     accuracy = {row["step"]: row["accuracy"] for row in rows}
     below.plot(list(accuracy), list(accuracy.values()), color="0.4")

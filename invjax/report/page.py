@@ -14,6 +14,8 @@ td,th{padding:.2rem .7rem;text-align:left;border-bottom:1px solid #ddd}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 code,pre{background:#f4f4f4;padding:.1rem .3rem}pre{padding:.7rem;overflow-x:auto}
 .lead{font-size:1.1rem}.note{color:#555}
+.wide{overflow-x:auto}.wide table{font-size:.8rem}.wide td,.wide th{padding:.2rem .4rem}
+.wide td.n{white-space:nowrap}.wide th{vertical-align:bottom}
 """
 
 
@@ -51,6 +53,43 @@ def image(png: bytes, description: str) -> str:
     return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
 
 
+def document(
+    headline: str,
+    body: str,
+    *,
+    settings: Mapping[str, Any],
+    versions: Mapping[str, Any],
+    command: str,
+    style: str = "",
+    script: str = "",
+) -> str:
+    """A whole page: what it says, then how to do it again.
+
+    Args:
+      headline: its title.
+      body: HTML between the headline and the command.
+      settings: of the run.
+      versions: of what made it.
+      command: that repeats or resumes it.
+      style: CSS, besides that of every page.
+      script: JavaScript at the end.
+
+    Returns:
+      An HTML page that needs no other file; the texts are escaped, body, style and script are not.
+    """
+    facts = [{"setting": name, "value": str(value)} for name, value in settings.items()]
+    made = [{"with": name, "version": str(value)} for name, value in versions.items()]
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(headline)}</title><style>{STYLE}{style}</style>"
+        f"<h1>{html.escape(headline)}</h1>{body}"
+        f"<h2>Again</h2><pre>{html.escape(command)}</pre>"
+        f"<h2>Settings</h2>{table(facts)}<h2>Versions</h2>{table(made)}"
+        f"{f'<script>{script}</script>' if script else ''}</html>\n"
+    )
+
+
 def attack_page(
     *,
     headline: str,
@@ -78,18 +117,12 @@ def attack_page(
     pictures = "".join(
         f"<h2>{html.escape(caption)}</h2>{image(png, caption)}" for caption, png in figures.items()
     )
-    facts = [{"setting": name, "value": str(value)} for name, value in settings.items()]
-    made = [{"with": name, "version": value} for name, value in versions.items()]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(headline)}</title><style>{STYLE}</style>"
-        f"<h1>{html.escape(headline)}</h1><p class=lead>{html.escape(lead)}</p>{pictures}"
+    body = (
+        f"<p class=lead>{html.escape(lead)}</p>{pictures}"
         f"<h2>Every sample</h2>{table(rows)}"
         "<p class=note>PSNR in decibels, higher is closer. <em>grey</em> and <em>mean</em> are guesses "
         "that saw no gradient: a mid-grey image and the mean image of the data set. Restarts are chosen "
         "by the attack's own objective; the truth is used to match the samples of a batch and to "
         "measure, and for nothing else.</p>"
-        f"<h2>Again</h2><pre>{html.escape(command)}</pre>"
-        f"<h2>Settings</h2>{table(facts)}<h2>Versions</h2>{table(made)}</html>\n"
     )
+    return document(headline, body, settings=settings, versions=versions, command=command)

@@ -18,8 +18,7 @@ GOOD = 30.0
 """Decibels above which a reconstruction counts as a clear copy."""
 
 STYLE = """
-.wide{overflow-x:auto}.wide table{font-size:.8rem}.wide td,.wide th{padding:.2rem .4rem}
-h3{font-size:1rem;margin:1.2rem 0 .3rem}.wide td.n{white-space:nowrap}th{vertical-align:bottom}
+h3{font-size:1rem;margin:1.2rem 0 .3rem}
 th[tabindex]{cursor:pointer}th[tabindex]:hover{background:#f4f4f4}
 th[aria-sort=ascending]::after{content:" \\25b2"}th[aria-sort=descending]::after{content:" \\25bc"}
 .cells{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(24rem,100%),1fr));gap:1rem 2rem}
@@ -113,20 +112,21 @@ def sweep_page(
     cells = _cells(rows, swept)
     kept = [row for cell in cells for row in cell.kept]
     curves = [_axis(kept, axis, swept, values, len(rows) < planned) for axis in swept if kept]
-    facts = [{"setting": name, "value": str(value)} for name, value in settings.items()]
-    made = [{"with": name, "version": str(value)} for name, value in versions.items()]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(headline)}</title><style>{page.STYLE}{STYLE}</style>"
-        f"<h1>{html.escape(headline)}</h1>{_lead(cells, len(rows), planned, len(problems))}"
+    body = (
+        f"{_lead(cells, len(rows), planned, len(problems))}"
         f"<h2>Cells</h2>{_constants(values)}{_cell_table(cells, swept, values)}"
         f"<h2>Along every axis</h2>{''.join(curves) or '<p>none</p>'}"
         f"<h2>What came back</h2>{_pictures(cells, samples, value_range)}"
         f"<h2>Failures</h2>{_failures(cells, problems)}"
-        f"<h2>Again</h2><pre>{html.escape(command)}</pre>"
-        f"<h2>Settings</h2>{page.table(facts)}<h2>Versions</h2>{page.table(made)}"
-        f"<script>{SCRIPT}</script></html>\n"
+    )
+    return page.document(
+        headline,
+        body,
+        settings=settings,
+        versions=versions,
+        command=command,
+        style=STYLE,
+        script=SCRIPT,
     )
 
 

@@ -32,14 +32,14 @@ def pareto(
     """Reconstruction error against lost utility, a panel a family, the other families faint behind it.
 
     Args:
-      curves: points by family, from weak to strong: `utility_loss`, `mse` and their `_error`; points
-        without an error of an attack are left out.
+      curves: points by family, from weak to strong: `utility_loss`, `mse` and their `_error`, as
+        `evaluation.tradeoff.Result` has them; points without one of the first two are left out.
       undefended: the point of no defence.
-      guess: mean squared error of the mean image.
-      levels: of utility that was lost, drawn as vertical lines.
+      guess: mean squared error of the mean image, drawn as a dashed line.
+      levels: of utility that was lost, one at least, positive; drawn as vertical lines.
       axis_name: what was lost.
-      percent: whether it is a share.
-      data_range: of the data, in its unit.
+      percent: whether it is a share, to be written in percent.
+      data_range: highest less lowest value of the data, whose square is the unit of `FLOOR`.
       error_name: whose error it is.
 
     Returns:
@@ -95,7 +95,6 @@ def pareto(
 
 def _line(points: Sequence[Mapping[str, Any]], floor: float) -> np.ndarray:
     """`[4, P]`: lost utility, error, and the error bars of both, 0 where unknown."""
-    kept = [point for point in points if point.get("mse") is not None]
     values = [
         (
             point["utility_loss"],
@@ -103,10 +102,14 @@ def _line(points: Sequence[Mapping[str, Any]], floor: float) -> np.ndarray:
             point.get("utility_loss_error") or 0.0,
             point.get("mse_error") or 0.0,
         )
-        for point in kept
-        if np.isfinite(point["utility_loss"]) and np.isfinite(point["mse"])
+        for point in points
+        if _known(point.get("utility_loss")) and _known(point.get("mse"))
     ]
     return np.array(values, float).reshape(-1, 4).T
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and bool(np.isfinite(value))
 
 
 def _scales(axis, lines, levels, floor, guess, percent) -> None:
@@ -136,7 +139,7 @@ def reconstructions(
     """The same private samples behind every defence, as the strongest attack gives them back.
 
     Args:
-      truth: `[N, H, W, C]` or `[N, d]`.
+      truth: `[N, H, W, C]` or `[N, d]`; the first `SHOWN` are drawn.
       rows: reconstructions of the same shape, by caption.
       value_range: what is drawn black and white.
 

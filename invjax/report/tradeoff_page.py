@@ -11,12 +11,11 @@ from invjax.evaluation.tradeoff_settings import Tradeoff, as_mapping
 from invjax.report import page, tradeoff_figures
 
 STYLE = """
-.wide{overflow-x:auto}.wide table{font-size:.8rem}.wide td,.wide th{padding:.2rem .4rem}
-.wide td.n{white-space:nowrap}th{vertical-align:bottom}h3{font-size:1rem;margin:1.4rem 0 .3rem}
+h3{font-size:1rem;margin:1.4rem 0 .3rem}
 ol.ranking{margin-top:.3rem}ol.ranking li{margin:.15rem 0}
 """
 
-Samples = Callable[[str, str, str], Mapping[str, np.ndarray] | None]
+Samples = Callable[[Mapping[str, Any]], Mapping[str, np.ndarray] | None]
 
 
 def tradeoff_page(
@@ -33,8 +32,8 @@ def tradeoff_page(
     Args:
       settings: of the comparison.
       result: what it found.
-      samples: from a family, a defence and an attack, as texts, to `truth` and `reconstruction`,
-        `[N, H, W, C]` or `[N, d]`; `None` where there are none.
+      samples: from a row of the table to `truth` and `reconstruction`, `[N, H, W, C]` or `[N, d]`, as
+        `evaluation.tradeoff.reconstructions` gives them; `None` where there are none.
       versions: of what made it.
       command: that resumes or repeats it.
       value_range: what is drawn black and white.
@@ -43,18 +42,13 @@ def tradeoff_page(
       An HTML page that needs no other file.
     """
     headline = f"Defences at equal utility: {settings.dataset}, {settings.model}"
-    facts = [{"setting": name, "value": str(value)} for name, value in as_mapping(settings).items()]
-    made = [{"with": name, "version": str(value)} for name, value in versions.items()]
     ranked = "".join(_ranking(settings, result, level) for level in settings.levels)
     pictures = "".join(
         _pictures(settings, result, level, samples, value_range) for level in settings.levels
     )
     span = value_range[1] - value_range[0]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(headline)}</title><style>{page.STYLE}{STYLE}</style>"
-        f"<h1>{html.escape(headline)}</h1>{_lead(settings, result)}"
+    body = (
+        f"{_lead(settings, result)}"
         f"<h2>Ranking</h2>{ranked}"
         f"<h2>What this does not cover</h2>{_caveats(settings)}"
         f"<h2>Table</h2>{_table(settings, result)}"
@@ -62,13 +56,21 @@ def tradeoff_page(
         f"<h2>What the {_which(settings)} attack gives back</h2>{pictures}"
         f"<h2>Attacks that do not apply</h2>{_refused(settings, result)}"
         f"<h2>Failures</h2>{page.table(result.failed)}"
-        f"<h2>Again</h2><pre>{html.escape(command)}</pre>"
-        f"<h2>Settings</h2>{page.table(facts)}<h2>Versions</h2>{page.table(made)}</html>\n"
+    )
+    return page.document(
+        headline,
+        body,
+        settings=as_mapping(settings),
+        versions=versions,
+        command=command,
+        style=STYLE,
     )
 
 
-def _amount(settings: Tradeoff, value: float, error: float | None = None) -> str:
-    """An amount of utility in words."""
+def _amount(settings: Tradeoff, value: float | None, error: float | None = None) -> str:
+    """An amount of utility in words; `None` where training diverged."""
+    if value is None:
+        return "a training that diverges"
     if settings.utility == "accuracy":
         share = None if error is None else 100 * error
         return f"{_number(100 * value, share)} points of accuracy"
@@ -100,7 +102,8 @@ def _lead(settings: Tradeoff, result: Result) -> str:
             f"{bare['attack']} reconstructs at {bare['psnr']:.1f} dB. "
         )
     if result.guess:
-        text += f"A guess that saw no gradient reaches {result.guess['psnr']:.1f} dB."
+        psnr = _number(result.guess["psnr"], digits=".1f")
+        text += f"A guess that saw no gradient reaches {psnr} dB."
     return f"<p class=lead>{html.escape(text)}</p>"
 
 
@@ -163,7 +166,8 @@ def _caveats(settings: Tradeoff) -> str:
     )
     points = [
         "Attacks that were not run. A defence is as good as the best attack on it, and a better one may "
-        f"exist: these were {', '.join(settings.attacks)}. Only bayes is told the defence.",
+        f"exist: these were {', '.join(settings.attacks)}. Of those that come with invjax, only bayes is "
+        "told the defence.",
         f"Other data, models and batch sizes: gradients were of {settings.batch_size} "
         f"sample{'s' if settings.batch_size > 1 else ''}, at {weights}.",
         "What the eye sees. A squared error no better than a guess's may still show a face: look at the "
@@ -214,8 +218,11 @@ def _table(settings: Tradeoff, result: Result) -> str:
 
 def _lost(settings: Tradeoff, row: Mapping[str, Any]) -> str:
     share = 100 if settings.utility == "accuracy" else 1
-    error = row["utility_loss_error"]
-    return _number(share * row["utility_loss"], None if error is None else share * error)
+    lost, error = (
+        None if row[name] is None else share * row[name]
+        for name in ("utility_loss", "utility_loss_error")
+    )
+    return _number(lost, error)
 
 
 def _curves(settings: Tradeoff, result: Result, span: float) -> str:
@@ -273,7 +280,7 @@ def _pictures(settings, result, level, samples, value_range) -> str:
     for row in sorted(rows, key=lambda row: -(row["mse"] or 0)):
         if row["attack"] is None:
             continue
-        arrays = samples(row["family"], row["defense"], row["attack"])
+        arrays = samples(row)
         if arrays is None:
             continue
         truth = arrays["truth"] if truth is None else truth

@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
 
+from invjax.checks import check_choice, check_number
 from invjax.defenses import privacy_spent
-from invjax.defenses.checks import check, choose
 from invjax.theory.blowup import Inclusion, blowup
 from invjax.theory.privacy_loss import checked, fft_delta
 
@@ -74,6 +74,9 @@ def renyi_epsilon(
 ) -> float:
     """Epsilon of DP-SGD from its Rényi divergences (Canonne, Kamath and Steinke 2020, proposition 12).
 
+    As dp-accounting has it, which passes over orders up to 1.01, and finds 0 where the total
+    variation that the divergence allows is within delta.
+
     Args:
       noise_multiplier: as in `renyi_divergences`.
       sampling_rate: as in `renyi_divergences`.
@@ -83,12 +86,12 @@ def renyi_epsilon(
 
     Returns:
       The least over the orders of
-      `epsilon(alpha) + log((alpha - 1) / alpha) - log(delta alpha) / (alpha - 1)`.
+      `epsilon(alpha) + log((alpha - 1) / alpha) - log(delta alpha) / (alpha - 1)`, and at least 0.
 
     Raises:
       ValueError: an argument out of range.
     """
-    check("delta", delta, 0.0, 1.0, open_low=True, open_high=True)
+    check_number("delta", delta, 0.0, 1.0, open_low=True, open_high=True)
     return float(_renyi(noise_multiplier, sampling_rate, steps, orders).get_epsilon(delta))
 
 
@@ -118,7 +121,7 @@ def renyi_two_replacement(
       ValueError: an argument out of range.
     """
     checked(0.5, noise_multiplier, sampling_rate, steps)
-    choose("inclusion", inclusion, ("hidden", "revealed"))
+    check_choice("inclusion", inclusion, ("hidden", "revealed"))
     rate = float(sampling_rate)
     with np.errstate(over="ignore", under="ignore"):
         inverse = float(np.float64(noise_multiplier) ** -2)
@@ -150,7 +153,7 @@ def mean_square_floor(renyi_two: ArrayLike, diameter: float = 1.0) -> np.ndarray
     Raises:
       ValueError: an argument out of range.
     """
-    check("diameter", diameter, 0.0, open_low=True)
+    check_number("diameter", diameter, 0.0, open_low=True)
     epsilon = np.asarray(renyi_two, float)
     if not (epsilon >= 0).all():
         raise ValueError(f"renyi_two must be at least 0, got {renyi_two}.")
@@ -164,7 +167,7 @@ def noise_for_epsilon(
     """Noise multiplier with which DP-SGD spends a given epsilon.
 
     Full batches by the Gaussian mechanism's delta, which is exact (Balle and Wang 2018); else by
-    `defenses.privacy_spent`.
+    `defenses.privacy_spent`, a few calls of it, which take long where the noise comes out small.
 
     Args:
       epsilon: of (epsilon, delta)-differential privacy, positive.
@@ -180,10 +183,10 @@ def noise_for_epsilon(
       ValueError: an argument out of range, a `delta` that holds without noise, or an epsilon that
         `defenses.privacy_spent` does not come to.
     """
-    check("epsilon", epsilon, 0.0, open_low=True, open_high=True)
-    check("delta", delta, 0.0, 1.0, open_low=True, open_high=True)
-    check("num_samples", num_samples, 1)
-    check("batch_size", batch_size, 1, num_samples)
+    check_number("epsilon", epsilon, 0.0, open_low=True, open_high=True)
+    check_number("delta", delta, 0.0, 1.0, open_low=True, open_high=True)
+    check_number("num_samples", num_samples, 1)
+    check_number("batch_size", batch_size, 1, num_samples)
     rate = batch_size / num_samples
     checked(0.5, 1.0, rate, steps)
     taken = -math.expm1(steps * math.log1p(-rate)) if rate < 1 else 1.0
@@ -248,7 +251,7 @@ def same_epsilon(
     Raises:
       ValueError: an argument out of range.
     """
-    rows = []
+    kappa, rows = checked(kappa, 1.0, 1.0, 1), []
     for batch_size, steps in schedules:
         noise = noise_for_epsilon(epsilon, delta, num_samples, batch_size, steps)
         setting = kappa, noise, batch_size / num_samples, steps

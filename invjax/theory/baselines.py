@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from scipy.spatial.distance import cdist
 from scipy.special import betainc
 
-from invjax.defenses.checks import check, choose
+from invjax.checks import check_choice, check_number
 
 POOL_ROWS = 1024
 """Rows of a pool whose distances to the whole pool are held at a time."""
@@ -30,7 +30,7 @@ def kappa_uniform(num_records: int) -> float:
     Raises:
       ValueError: fewer than one record, or a number that is not whole.
     """
-    check("num_records", num_records, 1, open_high=True)
+    check_number("num_records", num_records, 1, open_high=True)
     if num_records != int(num_records):
         raise ValueError(f"num_records must be a whole number, got {num_records}.")
     return 1 / num_records
@@ -62,8 +62,8 @@ def kappa_sphere(
 ) -> np.ndarray:
     """A uniform prior on the sphere in `d` dimensions: a cap's share of its surface.
 
-    A guess off the sphere, at the norm `sqrt(1 - eta^2)`, catches more than any on it, and
-    from `eta = 1` on the centre catches all. `-log(kappa)` grows as `d`, so that a much larger
+    A guess off the sphere, at the norm `sqrt(radius^2 - eta^2)`, catches more than any on it, and from
+    `eta = radius` on the centre catches all. `-log(kappa)` grows as `d`, so that a much larger
     epsilon stops reconstruction than membership inference.
 
     Args:
@@ -78,7 +78,7 @@ def kappa_sphere(
     Raises:
       ValueError: an argument out of range.
     """
-    choose("guess", guess, ("anywhere", "sphere"))
+    check_choice("guess", guess, ("anywhere", "sphere"))
     share, dimension = _share(eta, dimension, radius)
     # The squared sine of the angle between the cap's middle and its rim.
     if guess == "anywhere":
@@ -108,7 +108,7 @@ def kappa_pool_heuristic(pool: ArrayLike, eta: float) -> float:
     Raises:
       ValueError: a pool that is empty or not finite, or a negative error.
     """
-    check("eta", eta, 0.0)
+    check_number("eta", eta, 0.0)
     points = np.asarray(pool, float)
     if points.ndim < 2 or not len(points):
         raise ValueError(f"pool must hold records, [m, ...], got shape {points.shape}.")
@@ -123,7 +123,7 @@ def kappa_pool_heuristic(pool: ArrayLike, eta: float) -> float:
 
 
 def _share(eta: ArrayLike, dimension: ArrayLike, radius: float) -> tuple[np.ndarray, np.ndarray]:
-    check("radius", radius, 0.0, open_low=True)
+    check_number("radius", radius, 0.0, open_low=True)
     eta, dimension = np.asarray(eta, float), np.asarray(dimension, float)
     if not (eta >= 0).all():
         raise ValueError(f"eta must be at least 0, got {eta}.")

@@ -28,7 +28,7 @@ from scipy.special import log_ndtr, ndtr
 from scipy.stats import binom
 
 from invjax.base import Array
-from invjax.defenses.checks import check, choose
+from invjax.checks import check_choice, check_number
 from invjax.theory.privacy_loss import LEAST_NOISE, checked, fft_blowup
 from invjax.theory.rero import calibrate_mu, gamma_gaussian
 
@@ -85,7 +85,7 @@ def blowup(
       True
     """
     kappa = checked(kappa, noise_multiplier, sampling_rate, steps)
-    choose("inclusion", inclusion, ("hidden", "revealed"))
+    check_choice("inclusion", inclusion, ("hidden", "revealed"))
     # Every step with the record: exact at rate 1, else a bound too, good at a tiny kappa.
     noise_multiplier = float(noise_multiplier)
     with np.errstate(over="ignore"):
@@ -187,7 +187,7 @@ def monte_carlo_blowup(
       ValueError: an argument out of range.
     """
     kappa = checked(kappa, noise_multiplier, sampling_rate, steps)
-    check("num_samples", num_samples, 2)
+    check_number("num_samples", num_samples, 2)
     with jax.enable_x64(True):
         losses = _sampled_losses(key, noise_multiplier, sampling_rate, steps, num_samples)
     ratios = np.exp(np.sort(np.asarray(losses)))
@@ -224,8 +224,8 @@ def calibrate_noise_multiplier(
       ValueError: an argument out of range, or a `gamma` that holds without noise.
     """
     checked(kappa, 1.0, sampling_rate, steps)
-    choose("inclusion", inclusion, ("hidden", "revealed"))
-    check("gamma", gamma, kappa, 1.0, open_low=True, open_high=True)
+    check_choice("inclusion", inclusion, ("hidden", "revealed"))
+    check_number("gamma", gamma, kappa, 1.0, open_low=True, open_high=True)
     full_batch = math.sqrt(steps) / calibrate_mu(gamma, kappa)
     if sampling_rate == 1:
         return full_batch

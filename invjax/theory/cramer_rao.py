@@ -23,10 +23,10 @@ import optax
 
 from invjax import conv, gradients
 from invjax.base import Array, Batch, Defense, Model, Params, PyTree
-from invjax.defenses.checks import check, choose
+from invjax.checks import check_choice, check_number
 from invjax.defenses.law import Law
-from invjax.observe import check_params
-from invjax.theory.influence import at_full_precision, probed_trace
+from invjax.theory.gram import at_full_precision, inverse_trace, probed_trace, relative_rounding
+from invjax.theory.influence import checked_batch
 
 Method = Literal["dense", "hutchinson", "trace"]
 Field = Literal["inputs", "labels"]
@@ -89,9 +89,9 @@ def cramer_rao(
         out of range, unknown labels that are integers or with another method.
       TypeError: a defence that is none of invjax.
     """
-    choose("method", method, ("dense", "hutchinson", "trace"))
-    check("num_steps", num_steps, 1)
-    check("tolerance", tolerance, 0.0, 1.0, open_low=True)
+    check_choice("method", method, ("dense", "hutchinson", "trace"))
+    check_number("num_steps", num_steps, 1)
+    check_number("tolerance", tolerance, 0.0, 1.0, open_low=True)
     if unknown_labels and method != "dense":
         raise ValueError(f"unknown_labels needs the method 'dense', got {method!r}.")
     if unknown_labels and not jnp.issubdtype(jnp.result_type(batch.labels), jnp.floating):
@@ -104,7 +104,7 @@ def cramer_rao(
     if method == "dense":
         return _bound(_dense(problem, unknown_labels), zero, zero, batch)
     if method == "hutchinson":
-        check("num_probes", num_probes, 2)
+        check_number("num_probes", num_probes, 2)
         total, error, residual = _hutchinson(problem, num_probes, num_steps, tolerance)
         return _bound(total, error, residual, batch)
     trace, error = _trace(problem, num_probes)
@@ -145,7 +145,7 @@ def van_trees(
     Raises:
       ValueError: as `cramer_rao`, or a negative information.
     """
-    check("prior_information", prior_information, 0.0)
+    check_number("prior_information", prior_information, 0.0)
     key = jax.random.key(0) if key is None else key
     number, size = batches.inputs.shape[:2]
 
@@ -175,7 +175,7 @@ def gaussian_prior_information(covariance: Array, batch_size: int) -> Array:
     Raises:
       ValueError: not a square matrix, not symmetric, a negative eigenvalue, fewer than one sample.
     """
-    check("batch_size", batch_size, 1)
+    check_number("batch_size", batch_size, 1)
     covariance = jnp.asarray(covariance)
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
         raise ValueError(f"covariance must be a square matrix, got shape {covariance.shape}.")
@@ -207,7 +207,7 @@ def score_prior_information(score: Callable[[Array], Array], inputs: Array) -> t
     Raises:
       ValueError: fewer than two draws.
     """
-    check("the number of draws", inputs.shape[0], 2)
+    check_number("the number of draws", inputs.shape[0], 2)
     squares = jax.vmap(lambda batch: jnp.sum(jnp.square(score(batch))))(inputs)
     return jnp.mean(squares), jnp.std(squares, ddof=1) / jnp.sqrt(inputs.shape[0])
 
@@ -225,12 +225,9 @@ class _Problem(NamedTuple):
 
 
 def _problem(model, params, batch: Batch, defense: Defense, key) -> _Problem:
-    if jnp.ndim(batch.inputs) < 2:
-        raise ValueError(f"batch.inputs must be [B, ...], got shape {jnp.shape(batch.inputs)}.")
-    check_params(model, params, batch.inputs.shape[1:])
+    batch = checked_batch(model, params, batch)
     if not isinstance(defense, Defense):
         raise TypeError(f"defense must be an invjax defence, got {defense!r}.")
-    batch = Batch(jnp.asarray(batch.inputs), jnp.asarray(batch.labels))
     probe_key, defense_key = jax.random.split(jax.random.key(0) if key is None else key)
     model = conv.for_matching(model)
     state = defense.init_with_key(defense_key, params)
@@ -311,9 +308,9 @@ def _hutchinson(problem: _Problem, num_probes, num_steps: int, tolerance: float)
     probes = _signs(problem, num_probes)
     one = jnp.ones((), inputs.dtype)
     forward, backward = lambda direction: push(direction)[0], lambda tree: pull(tree)[0]
-    found = probed_trace(forward, backward, probes, one, None, num_steps, tolerance)
-    total = jnp.where(_any(push(probes[0])[1]), 0.0, found.total)
-    return total, found.standard_error, found.residual
+    settings = one, None, num_steps, tolerance
+    total, error, residual = probed_trace(forward, backward, probes, *settings)
+    return jnp.where(_any(push(probes[0])[1]), 0.0, total), error, residual
 
 
 @at_full_precision
@@ -329,7 +326,7 @@ def _trace(problem: _Problem, num_probes: int | None) -> tuple[Array, Array]:
         squares, shown = conv.grouped_vmap(square)(_basis(inputs))
         trace, error = jnp.sum(squares), jnp.zeros(())
     else:
-        check("num_probes", num_probes, 2)
+        check_number("num_probes", num_probes, 2)
         squares, shown = conv.grouped_vmap(square)(_signs(problem, num_probes))
         trace, error = jnp.mean(squares), jnp.std(squares, ddof=1) / jnp.sqrt(num_probes)
     shown = shown.any()
@@ -370,18 +367,10 @@ def _dense(problem: _Problem, unknown_labels: bool) -> Array:
             nuisance, shown = _columns(problem, "labels")
             # What a change of labels explains says nothing; they may tell the same thing twice.
             left, values, _ = jnp.linalg.svd(nuisance, full_matrices=False)
-            left = jnp.where((values > _rounding(nuisance) * values[0])[None], left, 0.0)
+            left = jnp.where((values > relative_rounding(nuisance) * values[0])[None], left, 0.0)
             jacobian = jacobian - left @ (left.T @ jacobian)
             bare = bare | shown
-        values = jnp.linalg.svd(jnp.linalg.qr(jacobian, mode="r"), compute_uv=False)
-        determined = len(values) == jacobian.shape[1]
-        determined &= values[-1] > _rounding(jacobian) * values[0]
-        total = jnp.where(determined, jnp.sum(jnp.where(determined, values, 1.0) ** -2), jnp.inf)
-        return jnp.where(bare, 0.0, total).astype(dtype)
-
-
-def _rounding(matrix: Array) -> float:
-    return max(matrix.shape) * float(jnp.finfo(matrix.dtype).eps)
+        return jnp.where(bare, 0.0, inverse_trace(jacobian)).astype(dtype)
 
 
 def _columns(problem: _Problem, field: Field) -> tuple[Array, Array]:

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
+import scipy.linalg
 
 from invjax.base import Array, Batch, Model, Params
-from invjax.defenses.checks import check
+from invjax.checks import check_count, check_number
 from invjax.defenses.exclusivity import exclusive, hidden_values
-from invjax.models.layers import dense_layers
+from invjax.models.layers import backpropagate, dense_layers, loss_vectors, preactivations
 from invjax.observe import check_batch, check_params
 
 TOLERANCE = 1e-10
@@ -119,8 +119,8 @@ def exclusivity_probability(
 ) -> Statistics:
     """How likely a random batch has sufficient exclusivity.
 
-    Widths, depths and batch sizes are swept by a loop over models and sizes; a course of training
-    by a `vmap` over stacked parameters::
+    Widths, depths and batch sizes are swept by a loop over models and sizes, each of which is
+    compiled on its own; a course of training by a `vmap` over stacked parameters::
 
         over_training = jax.vmap(exclusivity_probability, (None, None, 0, None, None))
         for width in (128, 512, 2048):
@@ -141,13 +141,11 @@ def exclusivity_probability(
       mean counts.
 
     Raises:
-      ValueError: a number out of range, a model without such a head.
+      ValueError: a number that is out of range or not whole, a model without such a head.
     """
-    for name, value, high in (
-        ("batch_size", batch_size, len(inputs)),
-        ("num_batches", num_batches, np.inf),
-    ):
-        check(name, value, 1, high)
+    check_count("batch_size", batch_size, 1)
+    check_number("batch_size", batch_size, 1, len(inputs))
+    check_count("num_batches", num_batches, 1)
     return _probability(key, model, params, inputs, batch_size, num_batches)
 
 
@@ -194,9 +192,11 @@ def secure_boundary(
       The ranks, and what follows.
 
     Raises:
-      ValueError: another model, parameters unlike it, a batch that cannot be its.
+      ValueError: another model, parameters unlike it, a batch that cannot be its, a tolerance out of
+        range.
+      TypeError: inputs that are not floats, labels that are not integers.
     """
-    truth = _truth(model, params, batch)
+    truth = _truth(model, params, batch, tolerance)
     signals, weights = _signal_kernel(truth, tolerance), _weight_kernel(truth, tolerance)
     size, inputs = signals.shape[1], weights.shape[1]
     dimension = len(signals) * len(weights)
@@ -234,8 +234,9 @@ def frozen_kernel(
 
     Raises:
       ValueError: as `secure_boundary`.
+      TypeError: likewise.
     """
-    truth = _truth(model, params, batch)
+    truth = _truth(model, params, batch, tolerance)
     size, width = truth.inputs.shape
     jacobian = np.broadcast_to(np.eye(width), (size, width, width))
     blocks = []
@@ -266,7 +267,7 @@ def twin_batch(
 
     Every sample moves by `c_m v`, with `c` random in the null space of the signals and `v` in that of
     the first weight. Host code in float64, and float64 is what makes the gradients agree: compare
-    them inside `jax.enable_x64`, with parameters in float64.
+    them inside `jax.enable_x64`, with parameters in float64. Elsewhere JAX rounds the twin to float32.
 
     Args:
       key: PRNG key of the direction.
@@ -278,13 +279,15 @@ def twin_batch(
       tolerance: of the ranks, relative to the largest singular value.
 
     Returns:
-      The twin: float64 inputs, the same labels.
+      The twin: inputs as a NumPy array in float64, the same labels.
 
     Raises:
-      ValueError: as `secure_boundary`; and where there is no twin, with the reason.
+      ValueError: as `secure_boundary`, a size out of range; and where there is no twin, with the
+        reason.
+      TypeError: as `secure_boundary`.
     """
-    check("size", size, 0.0, open_low=True)
-    truth = _truth(model, params, batch)
+    check_number("size", size, 0.0, open_low=True, open_high=True)
+    truth = _truth(model, params, batch, tolerance)
     signals, weights = _signal_kernel(truth, tolerance), _weight_kernel(truth, tolerance)
     if not len(signals):
         raise ValueError(
@@ -302,12 +305,11 @@ def twin_batch(
     )
     change = np.outer(along, across)
     change *= size / np.sqrt(np.mean(np.square(change)))
-    with jax.enable_x64(True):
-        return batch._replace(inputs=jnp.asarray(truth.inputs + change).reshape(batch.inputs.shape))
+    return batch._replace(inputs=(truth.inputs + change).reshape(batch.inputs.shape))
 
 
 class _Truth(NamedTuple):
-    """A batch inside a network, in float64."""
+    """A batch inside a network, in float64: `[M, d_0]`, and of every layer weight, values, deltas."""
 
     inputs: np.ndarray
     weights: list[np.ndarray]
@@ -315,23 +317,23 @@ class _Truth(NamedTuple):
     deltas: list[np.ndarray]
 
 
-def _truth(model: Model, params: Params, batch: Batch) -> _Truth:
+def _truth(model: Model, params: Params, batch: Batch, tolerance: float) -> _Truth:
+    check_number("tolerance", tolerance, 0.0, 1.0, open_high=True)
     check_batch(model, batch)
     check_params(model, params, batch.inputs.shape[1:])
-    layers = dense_layers(model, params)
-    weights = [np.asarray(layer.weight, np.float64) for layer in layers]
     inputs = np.asarray(batch.inputs, np.float64).reshape(len(batch.inputs), -1)
-    values, before = [], inputs
-    for layer, weight in zip(layers, weights, strict=True):
-        bias = 0.0 if layer.bias is None else np.asarray(layer.bias, np.float64)[None]
-        values.append(before @ weight + bias)
-        before = np.maximum(values[-1], 0)
-    signal = special.softmax(values[-1], axis=1)
-    signal[np.arange(len(inputs)), np.asarray(batch.labels)] -= 1
-    deltas = [signal]
-    for weight, value in zip(weights[:0:-1], values[-2::-1], strict=True):
-        deltas.insert(0, (deltas[0] @ weight.T) * (value > 0))
-    return _Truth(inputs, weights, values, deltas)
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        exact = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+        found = _inside(model, exact, jnp.asarray(inputs), jnp.asarray(batch.labels))
+    return _Truth(inputs, *jax.tree.map(np.asarray, found))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _inside(model: Model, params: Params, inputs: Array, labels: Array):
+    layers = dense_layers(model, params)
+    values = preactivations(layers, inputs)
+    deltas = backpropagate(layers, values, loss_vectors(values[-1], labels))
+    return [layer.weight for layer in layers], values, deltas
 
 
 def _signal_kernel(truth: _Truth, tolerance: float) -> np.ndarray:
@@ -343,8 +345,5 @@ def _weight_kernel(truth: _Truth, tolerance: float) -> np.ndarray:
 
 
 def _null_space(matrix: np.ndarray, tolerance: float) -> np.ndarray:
-    """Orthonormal rows that the matrix maps to zero."""
-    triangle = np.linalg.qr(matrix, mode="r")
-    _, values, vectors = np.linalg.svd(triangle, full_matrices=True)
-    rank = int((values > tolerance * values.max(initial=0.0)).sum())
-    return vectors[rank:]
+    """Orthonormal rows that the matrix maps to zero, `[dimension, columns]`."""
+    return scipy.linalg.null_space(np.linalg.qr(matrix, mode="r"), rcond=tolerance).T

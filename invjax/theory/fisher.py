@@ -22,9 +22,9 @@ from jax.flatten_util import ravel_pytree
 
 from invjax import conv
 from invjax.base import Array, Batch, Model, Params, PyTree
-from invjax.defenses.checks import check
+from invjax.checks import check_number
 from invjax.observe import check_params
-from invjax.theory.influence import at_full_precision, largest_ritz_value
+from invjax.theory.gram import at_full_precision, inverse_trace, largest_ritz_value
 
 Release = Callable[[Array], PyTree]
 
@@ -73,7 +73,7 @@ def output_perturbation(
     Raises:
       ValueError: a deviation that is not positive, fewer than two probes.
     """
-    check("std", std, 0.0, open_low=True)
+    check_number("std", std, 0.0, open_low=True)
     trace, error = _trace(release, record, num_probes, key)
     unit = record.size * jnp.square(jnp.asarray(std, trace.dtype))
     return Leakage(trace / unit, error / unit)
@@ -114,8 +114,8 @@ def dp_sgd_step(
     Raises:
       ValueError: parameters unlike the model, a number out of range.
     """
-    check("clip_norm", clip_norm, 0.0, open_low=True)
-    check("noise_multiplier", noise_multiplier, 0.0, open_low=True)
+    check_number("clip_norm", clip_norm, 0.0, open_low=True)
+    check_number("noise_multiplier", noise_multiplier, 0.0, open_low=True)
     inputs, labels = jnp.asarray(batch.inputs), jnp.asarray(batch.labels)
     check_params(model, params, inputs.shape[1:])
     model = conv.for_matching(model)
@@ -158,9 +158,9 @@ def subsampling_credit(
     Raises:
       ValueError: a number out of range.
     """
-    check("sampling_rate", sampling_rate, 0.0, 1.0, open_low=True)
-    check("noise_multiplier", noise_multiplier, 0.0, open_low=True)
-    check("delta", delta, 0.0, 1.0, open_low=True, open_high=True)
+    check_number("sampling_rate", sampling_rate, 0.0, 1.0, open_low=True)
+    check_number("noise_multiplier", noise_multiplier, 0.0, open_low=True)
+    check_number("delta", delta, 0.0, 1.0, open_low=True, open_high=True)
     epsilon = 2 * SMOOTH_CLIP_NORM * jnp.sqrt(2 * jnp.log(1.25 / jnp.asarray(delta)))
     absent = (1 - jnp.asarray(sampling_rate)) * jnp.exp(-epsilon / noise_multiplier)
     return sampling_rate / (sampling_rate + absent)
@@ -176,7 +176,11 @@ def smooth_clip(gradient: PyTree, clip_norm: Array | float) -> PyTree:
     Returns:
       A tree like it, of norm at most `SMOOTH_CLIP_NORM * C`; a short gradient comes out up to a
       fifth longer.
+
+    Raises:
+      ValueError: a `clip_norm` that is not positive.
     """
+    check_number("clip_norm", clip_norm, 0.0, open_low=True)
     squared = optax.tree.norm(gradient, squared=True)
     positive = squared > 0
     # The double where keeps the derivative at a zero gradient finite.
@@ -200,7 +204,7 @@ def fisher_information(release: Release, record: Array, std: Array | float) -> A
     Raises:
       ValueError: a deviation that is not positive.
     """
-    check("std", std, 0.0, open_low=True)
+    check_number("std", std, 0.0, open_low=True)
     jacobian = _jacobian(release, record) / jnp.asarray(std, record.dtype)
     return jacobian.T @ jacobian
 
@@ -209,7 +213,7 @@ def fisher_information(release: Release, record: Array, std: Array | float) -> A
 def unbiased_mse(release: Release, record: Array, std: Array | float) -> Array:
     """The Cramér-Rao bound on the mean squared error of one value: `tr I^-1 / d`.
 
-    From the singular values of `J`: inverting `I` would lose half the digits. Not below `1 / dfil`.
+    From the singular values of `J` (inverting `I` would lose half the digits). Not below `1 / dfil`.
 
     Args:
       release: as in `output_perturbation`.
@@ -222,13 +226,10 @@ def unbiased_mse(release: Release, record: Array, std: Array | float) -> Array:
     Raises:
       ValueError: a deviation that is not positive.
     """
-    check("std", std, 0.0, open_low=True)
+    check_number("std", std, 0.0, open_low=True)
     jacobian = _jacobian(release, record)
-    values = jnp.linalg.svd(jnp.linalg.qr(jacobian, mode="r"), compute_uv=False)
-    rounding = max(jacobian.shape) * float(jnp.finfo(jacobian.dtype).eps)
-    determined = (len(values) == record.size) & (values[-1] > rounding * values[0])
-    mean = jnp.mean(jnp.where(determined, values, 1.0) ** -2)
-    return jnp.where(determined, jnp.square(jnp.asarray(std, mean.dtype)) * mean, jnp.inf)
+    variance = jnp.square(jnp.asarray(std, jacobian.dtype))
+    return inverse_trace(jacobian, variance / record.size)
 
 
 def rdp_mse(epsilon: Array | float, diameters: Array) -> Array:
@@ -248,7 +249,7 @@ def rdp_mse(epsilon: Array | float, diameters: Array) -> Array:
     Raises:
       ValueError: an `epsilon` that is not positive.
     """
-    check("epsilon", epsilon, 0.0, open_low=True)
+    check_number("epsilon", epsilon, 0.0, open_low=True)
     return jnp.mean(jnp.square(jnp.asarray(diameters))) / (4 * jnp.expm1(epsilon))
 
 
@@ -280,8 +281,8 @@ def largest_information(
     Raises:
       ValueError: a deviation that is not positive, fewer than one step.
     """
-    check("std", std, 0.0, open_low=True)
-    check("num_steps", num_steps, 1)
+    check_number("std", std, 0.0, open_low=True)
+    check_number("num_steps", num_steps, 1)
     _, push = jax.linearize(release, record)
     _, pull = jax.vjp(release, record)
     largest = largest_ritz_value(push, lambda tree: pull(tree)[0], record, num_steps, key)
@@ -337,7 +338,7 @@ def _trace(
     if num_probes is None:
         directions = jnp.eye(record.size, dtype=record.dtype)
     else:
-        check("num_probes", num_probes, 2)
+        check_number("num_probes", num_probes, 2)
         key = jax.random.key(0) if key is None else key
         directions = jax.random.rademacher(key, (num_probes, record.size), record.dtype)
 

@@ -8,8 +8,6 @@ Everything reads the truth, and only the dense method of `expected_squared_error
 rest takes products with it. All of it may be jitted, and vmapped over victims.
 """
 
-import functools
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -20,11 +18,16 @@ import numpy as np
 
 from invjax import conv
 from invjax.base import Array, Batch, Model, Params, PyTree
-from invjax.defenses.checks import check, choose
+from invjax.checks import check_choice, check_number
 from invjax.observe import check_params
-
-FAILURE_PROBABILITY = 1e-6
-"""Of `largest_eigenvalue`: that it is below the largest eigenvalue, over the random start."""
+from invjax.theory.gram import (
+    at_full_precision,
+    inverse_trace,
+    lanczos_gap,
+    largest_ritz_value,
+    probed_trace,
+    solve,
+)
 
 
 class Influence(NamedTuple):
@@ -87,16 +90,18 @@ def influence(
     Raises:
       ValueError: parameters unlike the model, a perturbation unlike them, a number out of range.
     """
-    batch = _check(model, params, batch, num_steps, perturbation)
-    check("damping", damping, 0.0)
-    check("tolerance", tolerance, 0.0, 1.0, open_low=True)
+    batch = checked_batch(model, params, batch)
+    _check_perturbation(params, perturbation)
+    check_number("num_steps", num_steps, 1)
+    check_number("damping", damping, 0.0)
+    check_number("tolerance", tolerance, 0.0, 1.0, open_low=True)
     push, pull = _jacobian(model, params, batch)
     damping = jnp.asarray(damping, batch.inputs.dtype)
 
     def operator(inputs):
         return pull(push(inputs)) + damping * inputs
 
-    return _solve(operator, pull(perturbation), num_steps, tolerance)
+    return Influence(*solve(operator, pull(perturbation), num_steps, tolerance))
 
 
 def lower_bound(
@@ -125,14 +130,16 @@ def lower_bound(
 
     Returns:
       A scalar, in input units; never above the norm of `influence`, but for rounding and a
-      probability of `FAILURE_PROBABILITY`.
+      probability of 1e-6.
 
     Raises:
       ValueError: as `influence` and `largest_eigenvalue`.
     """
-    batch = _check(model, params, batch, num_steps, perturbation)
-    check("damping", damping, 0.0)
-    gap = _lanczos_gap(batch.inputs.size, num_steps)
+    batch = checked_batch(model, params, batch)
+    _check_perturbation(params, perturbation)
+    check_number("num_steps", num_steps, 1)
+    check_number("damping", damping, 0.0)
+    gap = lanczos_gap(batch.inputs.size, num_steps)
     push, pull = _jacobian(model, params, batch)
     largest = largest_ritz_value(push, pull, batch.inputs, num_steps, key) / (1 - gap)
     slope = jnp.linalg.norm(pull(perturbation).ravel())
@@ -147,7 +154,7 @@ def largest_eigenvalue(
     The largest Ritz value of `k` Lanczos steps with full reorthogonalisation lies below it. From a
     uniformly random start the relative gap exceeds `e` with probability at most
     `1.648 sqrt(d) exp(-(2 k - 1) sqrt(e))`, whatever the spectrum (Kuczyński and Woźniakowski
-    1992), so the Ritz value is divided by `1 - e` at that probability of `FAILURE_PROBABILITY`. A
+    1992), so the Ritz value is divided by `1 - e`, with the `e` of a probability of 1e-6. A
     Ritz value plus its residual would be closer but is no bound: it may have met the second eigenvalue.
 
     Args:
@@ -164,8 +171,9 @@ def largest_eigenvalue(
     Raises:
       ValueError: parameters unlike the model, or too few steps to bound anything.
     """
-    batch = _check(model, params, batch, num_steps)
-    gap = _lanczos_gap(batch.inputs.size, num_steps)
+    batch = checked_batch(model, params, batch)
+    check_number("num_steps", num_steps, 1)
+    gap = lanczos_gap(batch.inputs.size, num_steps)
     push, pull = _jacobian(model, params, batch)
     return largest_ritz_value(push, pull, batch.inputs, num_steps, key) / (1 - gap)
 
@@ -213,11 +221,12 @@ def expected_squared_error(
       ValueError: parameters unlike the model, a number out of range, a covariance of another shape,
         not symmetric, or with negative eigenvalues.
     """
-    batch = _check(model, params, batch, num_steps)
-    check("std", std, 0.0, open_low=True)
-    check("tolerance", tolerance, 0.0, 1.0, open_low=True)
-    check("num_probes", num_probes, 2)
-    choose("method", method, ("dense", "hutchinson"))
+    batch = checked_batch(model, params, batch)
+    check_number("num_steps", num_steps, 1)
+    check_number("std", std, 0.0, open_low=True)
+    check_number("tolerance", tolerance, 0.0, 1.0, open_low=True)
+    check_number("num_probes", num_probes, 2)
+    check_choice("method", method, ("dense", "hutchinson"))
     variance = jnp.square(jnp.asarray(std, batch.inputs.dtype))
     root = None if prior_covariance is None else _root(prior_covariance, batch.inputs)
     push, pull = _jacobian(model, params, batch)
@@ -226,7 +235,7 @@ def expected_squared_error(
         return ExpectedError(total, jnp.zeros_like(total), jnp.zeros_like(total))
     key = jax.random.key(0) if key is None else key
     probes = jax.random.rademacher(key, (num_probes, *batch.inputs.shape), batch.inputs.dtype)
-    return probed_trace(push, pull, probes, variance, root, num_steps, tolerance)
+    return ExpectedError(*probed_trace(push, pull, probes, variance, root, num_steps, tolerance))
 
 
 def expected_psnr(error: Array | float, num_values: int, *, data_range: float = 1.0) -> Array:
@@ -243,20 +252,9 @@ def expected_psnr(error: Array | float, num_values: int, *, data_range: float = 
     Raises:
       ValueError: `num_values` below 1 or `data_range` not positive.
     """
-    check("num_values", num_values, 1)
-    check("data_range", data_range, 0.0, open_low=True)
+    check_number("num_values", num_values, 1)
+    check_number("data_range", data_range, 0.0, open_low=True)
     return 10 * jnp.log10(data_range**2 * num_values / error)
-
-
-def at_full_precision(function):
-    """Matrix products of accelerators are else too coarse for a bound."""
-
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        with jax.default_matmul_precision("highest"):
-            return function(*args, **kwargs)
-
-    return wrapped
 
 
 @at_full_precision
@@ -271,57 +269,6 @@ def _jacobian(model: Model, params: Params, batch: Batch) -> tuple[Callable, Cal
     # Second derivatives commute, so the transpose is forward over reverse too, and cheap on CPU.
     _, pull = jax.linearize(lambda params: jax.grad(loss, 1)(params, batch.inputs), params)
     return push, pull
-
-
-def _solve(operator: Callable, target: Array, num_steps: int, tolerance: float) -> Influence:
-    solution, _ = jax.scipy.sparse.linalg.cg(operator, target, tol=tolerance, maxiter=num_steps)
-    # The iteration's own residual goes on falling after the true one has met rounding.
-    residual = jnp.linalg.norm((target - operator(solution)).ravel())
-    scale = jnp.linalg.norm(target.ravel())
-    return Influence(solution, residual / jnp.where(scale > 0, scale, 1.0))
-
-
-@at_full_precision
-def largest_ritz_value(
-    push: Callable, pull: Callable, inputs: Array, num_steps: int, key: Array | None
-) -> Array:
-    """Largest eigenvalue of `pull(push(.))` in a Krylov space, from below."""
-    size, eps = inputs.size, jnp.finfo(inputs.dtype).eps
-    count = min(num_steps, size)
-    start = jax.random.normal(jax.random.key(0) if key is None else key, (size,), inputs.dtype)
-
-    def step(index, carry):
-        basis, images = carry
-        image = pull(push(basis[index].reshape(inputs.shape))).ravel()
-        rest = image
-        for _ in range(2):  # once leaves rounding, twice is enough
-            rest = rest - (basis @ rest) @ basis
-        norm = jnp.linalg.norm(rest)
-        # An exhausted space is continued by zeros, which add eigenvalues of zero.
-        fresh = norm > 10 * eps * jnp.linalg.norm(image)
-        following = jnp.where(fresh, rest / jnp.where(fresh, norm, 1.0), 0.0)
-        return basis.at[index + 1].set(following), images.at[index].set(image)
-
-    basis = jnp.zeros((count + 1, size), start.dtype).at[0].set(start / jnp.linalg.norm(start))
-    images = jnp.zeros((count, size), start.dtype)
-    basis, images = jax.lax.fori_loop(0, count, step, (basis, images))
-    projected = basis[:count] @ images.T
-    # Rounding counts upward.
-    return jnp.linalg.eigvalsh((projected + projected.T) / 2)[-1] * (1 + size * eps)
-
-
-def _lanczos_gap(size: int, num_steps: int) -> float:
-    """Relative gap that the largest Ritz value exceeds with `FAILURE_PROBABILITY`."""
-    if num_steps >= size:
-        return 0.0
-    logarithm = math.log(1.648 * math.sqrt(size) / FAILURE_PROBABILITY)
-    if logarithm >= 2 * num_steps - 1:
-        least = min(size, math.floor((logarithm + 1) / 2) + 1)
-        raise ValueError(
-            f"num_steps must be at least {least} to bound an eigenvalue of {size} inputs, "
-            f"got {num_steps}."
-        )
-    return (logarithm / (2 * num_steps - 1)) ** 2
 
 
 def _root(covariance: Array, inputs: Array) -> Array:
@@ -351,52 +298,39 @@ def _dense_trace(push: Callable, inputs: Array, variance: Array, root: Array | N
     columns = conv.grouped_vmap(push)(basis.reshape(-1, *inputs.shape))
     leaves = [leaf.reshape(inputs.size, -1) for leaf in jax.tree.leaves(columns)]
     jacobian = jnp.concatenate(leaves, axis=1).T
-    # Singular values of J: the eigenvalues of J^T J would lose half the digits.
-    triangle = jnp.linalg.qr(jacobian, mode="r")
     if root is None:
-        values = jnp.linalg.svd(triangle, compute_uv=False)
-        rounding = max(jacobian.shape) * jnp.finfo(inputs.dtype).eps
-        determined = (len(values) == inputs.size) & (values[-1] > rounding * values[0])
-        return jnp.where(determined, variance * jnp.sum(values**-2), jnp.inf)
-    _, values, vectors = jnp.linalg.svd(triangle, full_matrices=True)
+        return inverse_trace(jacobian, variance)
+    _, values, vectors = jnp.linalg.svd(jnp.linalg.qr(jacobian, mode="r"), full_matrices=True)
     values = jnp.pad(values, (0, inputs.size - len(values)))
     weights = jnp.sum(jnp.square(vectors @ basis), axis=1)
     return variance * jnp.sum(weights / (jnp.square(values) + variance))
 
 
-@at_full_precision
-def probed_trace(push, pull, probes, variance, root, num_steps, tolerance) -> ExpectedError:
-    """`variance` times the mean of `probe (J^T J + prior)^-1 probe`."""
+def checked_batch(model: Model, params: Params, batch: Batch) -> Batch:
+    """A batch as arrays, where a model and its parameters can take it.
 
-    def colored(inputs, factor):
-        return (inputs.reshape(inputs.shape[0], -1) @ factor).reshape(inputs.shape)
+    Args:
+      model: the model.
+      params: its parameters.
+      batch: inputs `[B, ...]`, labels as the model's loss takes them.
 
-    def operator(inputs):
-        if root is None:
-            return pull(push(inputs))
-        return colored(pull(push(colored(inputs, root.T))), root) + variance * inputs
+    Returns:
+      The batch.
 
-    def sample(probe):
-        target = probe if root is None else colored(probe, root)
-        solution, residual = _solve(operator, target, num_steps, tolerance)
-        return variance * jnp.sum(target * solution), residual
-
-    samples, residuals = conv.grouped_vmap(sample)(probes)
-    error = jnp.std(samples, ddof=1) / jnp.sqrt(len(samples))
-    return ExpectedError(jnp.mean(samples), error, jnp.max(residuals))
-
-
-def _check(model, params, batch: Batch, num_steps, perturbation=None) -> Batch:
+    Raises:
+      ValueError: no samples, or parameters unlike the model.
+    """
     inputs, labels = batch
     if jnp.ndim(inputs) < 2 or inputs.shape[0] == 0:
         raise ValueError(
             f"batch.inputs must be [B, ...] with B >= 1, got shape {jnp.shape(inputs)}."
         )
     check_params(model, params, inputs.shape[1:])
-    check("num_steps", num_steps, 1)
-    if perturbation is not None:
-        try:
-            chex.assert_trees_all_equal_shapes(params, perturbation)
-        except AssertionError as error:
-            raise ValueError(f"perturbation must have the shapes of params: {error}") from error
     return Batch(jnp.asarray(inputs), jnp.asarray(labels))
+
+
+def _check_perturbation(params: Params, perturbation: PyTree) -> None:
+    try:
+        chex.assert_trees_all_equal_shapes(params, perturbation)
+    except AssertionError as error:
+        raise ValueError(f"perturbation must have the shapes of params: {error}") from error

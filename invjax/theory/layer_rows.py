@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 import scipy.sparse
-from scipy.linalg import get_lapack_funcs
 
 from invjax import linalg
 from invjax.base import Batch, Model, Params
@@ -247,7 +247,7 @@ def numerical_ranks(found: Stage, draw: Draw) -> Ranks:
       Ranks.
 
     Raises:
-      ValueError: a map too large for it.
+      ValueError: a map of more than `MAX_PIXELS`.
     """
     shape = found.shape
     if shape.pixels > MAX_PIXELS:
@@ -255,16 +255,10 @@ def numerical_ranks(found: Stage, draw: Draw) -> Ranks:
             f"mode='numeric' takes maps of at most {MAX_PIXELS} pixels, layer {found.position} "
             f"reads {shape.pixels}; use 'closed'."
         )
-    rows = linalg.conv_matrix(draw.weight, shape)
-    if found.pools:
-        rows = scipy.sparse.kron(_pool_matrix(found), scipy.sparse.eye_array(shape.filters)) @ rows
-    rows = scipy.sparse.csr_array(rows)
-    block = linalg.gradient_block(draw.signal, shape)
-    if block.shape[0] > block.shape[1]:
-        block = np.linalg.qr(block, mode="r")
-    _, values, basis = np.linalg.svd(block, full_matrices=True)
-    rank = int((values > 1e-9 * values.max(initial=0.0)).sum())
-    null = basis[rank:].T
+    rows = linalg.pooled(linalg.conv_matrix(draw.weight, shape), _pool_matrix(found))
+    block = np.linalg.qr(linalg.gradient_block(draw.signal, shape), mode="r")
+    null = scipy.linalg.null_space(block, rcond=1e-9)
+    rank = shape.pixels - null.shape[1]
 
     def joint(kept: scipy.sparse.csr_array) -> int:
         # Channel by channel, because an input is flattened as pixels by channels.
@@ -300,7 +294,7 @@ def rank_beyond(matrix: np.ndarray, scale: float, tolerance: float = 1e-9) -> in
         return 0
     matrix = matrix / scale
     gram = matrix @ matrix.T if len(matrix) < matrix.shape[1] else matrix.T @ matrix
-    pivoted = get_lapack_funcs("pstrf", (gram,))
+    pivoted = scipy.linalg.get_lapack_funcs("pstrf", (gram,))
     factor, _, rank, _ = pivoted(gram, tol=1e-13)
     pivots = np.diag(factor)[:rank]
     if not rank or pivots[-1] > 1e-5:
@@ -310,19 +304,11 @@ def rank_beyond(matrix: np.ndarray, scale: float, tolerance: float = 1e-9) -> in
 
 
 def _pool_matrix(found: Stage) -> scipy.sparse.csr_array:
-    """From the pixels of a convolution's output to those behind its average pools."""
+    """From the pixels of a convolution's output to those behind its average pools, which are one."""
     height, width = found.shape.output
-    whole = scipy.sparse.csr_array(scipy.sparse.eye_array(height * width))
-    for window in found.pools:
-        tall, wide = (window, window) if window else (height, width)
-        above, beside = height // tall, width // wide
-        rows, columns = np.mgrid[: above * tall, : beside * wide].reshape(2, -1)
-        into = rows // tall * beside + columns // wide
-        values = np.full(into.size, 1 / (tall * wide))
-        size = (above * beside, height * width)
-        pool = scipy.sparse.coo_array((values, (into, rows * width + columns)), shape=size)
-        whole, height, width = pool.tocsr() @ whole, above, beside
-    return whole
+    side = math.prod(window for window in found.pools if window)
+    window = (height // side * side, width // side * side) if 0 in found.pools else (side, side)
+    return linalg.pool_matrix((height, width), window)
 
 
 def random_draw(rng: np.random.Generator, found: Stage, weight: np.ndarray | None) -> Draw:

@@ -20,7 +20,9 @@ REACH = 9.5
 LOST = 1e-9
 """Mass above the window that makes it wider."""
 MAX_BINS = 2**20
+"""Most points of a grid whose number is not asked for."""
 MAX_WIDENINGS = 12
+"""How often bins may become twice as wide."""
 
 
 class Law(NamedTuple):
@@ -76,7 +78,7 @@ def step_loss(points: np.ndarray, law: Law) -> np.ndarray:
 
 
 def outcomes(losses: np.ndarray, law: Law) -> np.ndarray:
-    """The inverse of `_loss`; minus infinity below its range."""
+    """The inverse of `step_loss`; minus infinity below its range."""
     with np.errstate(divide="ignore", over="ignore"):
         absent = np.log1p(-law.rate)
         share = np.maximum(-np.expm1(absent - losses), 0.0)
@@ -124,23 +126,25 @@ def make_grid(window: Window, steps: int, num_bins: int | None) -> Grid:
 
 def wide_grid(
     law: Law, steps: int, num_bins: int | None, window: Window
-) -> tuple[Grid, "Step", float]:
+) -> tuple[Grid, Step, float]:
     """A grid that loses little, one step on it, and what it loses.
 
     Splits spread the sum, where a step's loss is small beside a bin most of all, and err upward: by
     more, the narrower a bin. Both may push it out of the window: then bins of twice the width.
     """
-    grid = make_grid(window, steps, num_bins)
-    for _ in range(MAX_WIDENINGS):
+
+    def placed(grid: Grid) -> tuple[Step, float]:
         step = split_step(law, grid)
-        lost = mass_lost(step, grid, window.tilt)
+        return step, mass_lost(step, grid, window.tilt)
+
+    grid = make_grid(window, steps, num_bins)
+    step, lost = placed(grid)
+    for _ in range(MAX_WIDENINGS):
         if lost <= LOST:
             break
         middle = (grid.start + grid.size / 2) / 2
         grid = grid._replace(width=2 * grid.width, start=math.floor(middle - grid.size / 2))
-    else:
-        step = split_step(law, grid)
-        lost = mass_lost(step, grid, window.tilt)
+        step, lost = placed(grid)
     return grid, step, lost
 
 
@@ -204,7 +208,7 @@ def roundoff(masses: np.ndarray, error: float, grid: Grid) -> float:
 
 
 def misplaced(points: np.ndarray, losses: np.ndarray, law: Law) -> float:
-    """How far a point may be, in one step's loss, from where the grid has it: rounding of `_outcomes`."""
+    """How far a point may be, in one step's loss, from where the grid has it: rounding of `outcomes`."""
     largest = (abs(points[np.isfinite(points)]).max() + 1) / law.noise**2 + abs(losses).max()
     return 8 * EPS * (largest - math.log(law.rate) + 1)
 

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
 from scipy.special import ndtr, ndtri
 
-from invjax.defenses.checks import check
+from invjax.checks import check_number
 
 NOWHERE = 1e300
 """Exponent of an order at which a divergence is not finite."""
@@ -86,7 +86,8 @@ def gamma_rdp(
       The bound on the probability of success, of `kappa`'s shape.
 
     Raises:
-      ValueError: an order of 1 or less, values without orders or not as many, `kappa` out of range.
+      ValueError: no order, or one of 1 or less, values without orders or not as many, `kappa` out of
+        range.
     """
     kappa = _kappa(kappa)
     if orders is None:
@@ -95,8 +96,8 @@ def gamma_rdp(
         curve = divergence
         return np.vectorize(lambda one: _best_order(one, curve), otypes=[float])(kappa)[()]
     alphas = np.atleast_1d(np.asarray(orders, float))
-    if not (alphas > 1).all():
-        raise ValueError(f"orders must lie above 1, got {alphas.min()}.")
+    if not len(alphas) or not (alphas > 1).all():
+        raise ValueError(f"orders must lie above 1, got {orders}.")
     values = (
         np.array([divergence(alpha) for alpha in alphas])
         if callable(divergence)
@@ -206,7 +207,7 @@ def calibrate_epsilon(gamma: float, kappa: float, delta: float = 0.0) -> float:
     Raises:
       ValueError: `gamma - delta` below `kappa` by more than rounding, or a number that is no probability.
     """
-    check("delta", delta, 0.0, 1.0)
+    check_number("delta", delta, 0.0, 1.0)
     _target(gamma, kappa)
     if gamma < (kappa + delta) * (1 - 1e-15):
         raise ValueError(
@@ -345,8 +346,8 @@ def _best_order(kappa: float, divergence: Callable[[float], float]) -> float:
 
 
 def _target(gamma: float, kappa: float) -> None:
-    check("kappa", kappa, 0.0, 1.0, open_low=True, open_high=True)
-    check("gamma", gamma, kappa, 1.0, open_high=True)
+    check_number("kappa", kappa, 0.0, 1.0, open_low=True, open_high=True)
+    check_number("gamma", gamma, kappa, 1.0, open_high=True)
 
 
 def _within(name: str, value: ArrayLike, low: float, high: float = math.inf) -> np.ndarray:

@@ -11,7 +11,6 @@ without a prior. What is missing deeper, the gradients of earlier layers may rep
 counts them all, for any attack, near the sample. Both are ours. Host code; ranks in float64.
 """
 
-import functools
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +20,7 @@ import numpy as np
 
 from invjax import conv, linalg
 from invjax.base import Array, Batch, Model, Params
-from invjax.defenses.checks import check, choose
+from invjax.checks import check_choice, check_count
 from invjax.linalg import Geometry
 from invjax.models.layers import layers_of
 from invjax.observe import check_batch, check_params
@@ -47,7 +46,7 @@ class LayerIndex(NamedTuple):
       gradient_rank: of the gradient rows alone.
       joint_rank: of all rows, as if the recursion knew their right sides: an upper bound on `rank`.
       margin: unknowns less equations, `|x| - |z| - |W|`, the count of R-GAP: naive, because rows
-        repeat each other. Negative where it expects recovery.
+        repeat each other. Zero or negative where it expects recovery.
       reason: what limits the rank, in words, or empty.
     """
 
@@ -134,7 +133,8 @@ def security_index(
       model: a chain of layers, of any weights.
       input_shape: `(height, width, channels)` of its inputs.
       mode: `closed` counts rows by a formula (`linalg.closed_form_rank`, exact but for maps nearly as
-        small as the window; at once); `numeric` computes ranks in float64 (seconds to minutes).
+        small as the window; at once); `numeric` computes ranks in float64 (seconds to minutes; maps
+        of at most 4096 pixels).
       key: of the random weights and derivatives of `numeric`; `jax.random.key(0)` by default.
       params: for `numeric`: parameters to take instead of random ones.
       batch: for `numeric`, with `params`: one sample, whose own derivatives and activation pattern
@@ -144,8 +144,10 @@ def security_index(
       The index and its layers.
 
     Raises:
-      ValueError: a model without a layer view, an unknown mode, a batch of more than one sample,
-        parameters unlike the model, or arguments that the mode does not use.
+      ValueError: a model without a layer view, inputs that it cannot take, an unknown mode, a batch
+        of more than one sample or of another shape, parameters unlike the model, arguments that the
+        mode does not use, a map too large for `numeric`.
+      TypeError: inputs that are not floats, labels that are not integers.
 
     Example:
       >>> import invjax
@@ -153,7 +155,7 @@ def security_index(
       >>> found.index, found.exact
       (0, True)
     """
-    choose("mode", mode, ("closed", "numeric"))
+    check_choice("mode", mode, ("closed", "numeric"))
     if mode == "closed" and not (key is None and params is None and batch is None):
         raise ValueError("key, params and batch are used by mode='numeric' only.")
     if batch is not None:
@@ -239,25 +241,6 @@ def _entry(stage: Stage, ranks: Ranks, weight: Fraction, blocked: str, mode: Mod
     )
 
 
-def table(model: Model, input_shape: tuple[int, int, int], **settings: Any) -> list[dict[str, Any]]:
-    """The index as rows of a table.
-
-    Args:
-      model: a chain of layers.
-      input_shape: `(height, width, channels)`.
-      **settings: of `security_index`.
-
-    Returns:
-      A row a convolution, the fields of `LayerIndex` with the model's name, index and exactness.
-
-    Raises:
-      ValueError: as `security_index`.
-    """
-    found = security_index(model, input_shape, **settings)
-    whole = {"model": model.name, "index": found.index, "exact": found.exact}
-    return [{**whole, **layer._asdict()} for layer in found.layers]
-
-
 def minimum_filters(
     input_shape: tuple[int, int, int], window: int, stride: int = 1, padding: int = 0
 ) -> MinimumFilters:
@@ -275,13 +258,14 @@ def minimum_filters(
       The numbers; all `None` where the window never reads some pixel.
 
     Raises:
-      ValueError: a size below 1, a negative padding, a window larger than the padded input.
+      ValueError: a size that is no whole number or below 1, a negative padding, a window larger than
+        the padded input.
     """
     for name, value in (("window", window), ("stride", stride)):
-        check(name, value, 1)
-    check("padding", padding, 0)
+        check_count(name, value, 1)
+    check_count("padding", padding, 0)
     for size in input_shape:
-        check("input_shape", size, 1)
+        check_count("input_shape", size, 1)
     if window > min(input_shape[:2]) + 2 * padding:
         raise ValueError(f"window {window} is larger than the padded input {tuple(input_shape)}.")
 
@@ -362,9 +346,10 @@ def jacobian_rank(model: Model, params: Params, batch: Batch, *, chunk: int = 64
       The rank.
 
     Raises:
-      ValueError: parameters or a batch unlike the model, more than one sample, a bad chunk.
+      ValueError: parameters or a batch unlike the model, more than one sample, a chunk below 1.
+      TypeError: inputs that are not floats, labels that are not integers.
     """
-    check("chunk", chunk, 1)
+    check_count("chunk", chunk, 1)
     _check_sample(model, params, batch)
     fast = conv.for_matching(model)
 
@@ -372,10 +357,8 @@ def jacobian_rank(model: Model, params: Params, batch: Batch, *, chunk: int = 64
         return jax.grad(fast.loss)(params, Batch(inputs, labels))
 
     def columns(params, inputs, labels, directions):
-        push = functools.partial(
-            jax.jvp, lambda inputs: gradient(params, inputs, labels), (inputs,)
-        )
-        return jax.vmap(lambda direction: push((direction,))[1])(directions)
+        _, push = jax.linearize(lambda inputs: gradient(params, inputs, labels), inputs)
+        return jax.vmap(push)(directions)
 
     size = batch.inputs.size
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):

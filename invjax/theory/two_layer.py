@@ -12,7 +12,7 @@ published slides the rates are). Every function returns both sides of one row of
 
 Constants are arguments (`Constants`), 1 by default. Measured, with the sum of `(f - y)^2 / 2` as loss,
 `tanh`, `b = 3`, labels of -1 and 1, and the derivatives in `a` alone, which are what noise of equal deviation
-leaves: `lower` 0.63 to 1.31 for `B = 2` and 1.00 to 1.40 for `B = 4`, `d` of 16 to 64 and `m = 2000`, by the
+leaves: `lower` 0.63 to 1.41 for `B = 2` and 0.75 to 1.55 for `B = 4`, `d` of 16 to 64 and `m = 2000`, by the
 labels (they decide the residuals, of which 2 tells less than 4); `lower_constant` is its limit for large
 `d`. `upper` 1.7 to 4.9 for moments of the derivatives in `a`, widths from 2,048 to 131,072, the largest where
 the error nears 1 (`benchmarks/papers/two_layer_bounds.py`). For the bound at one batch of any model see
@@ -27,9 +27,9 @@ import numpy as np
 import optax
 
 from invjax.base import Array, Batch, Model, Params, PyTree
-from invjax.defenses.checks import check
+from invjax.checks import check_choice, check_number
 from invjax.defenses.sensitivity import gradient_sensitivity
-from invjax.models.chain import activations, check_choice
+from invjax.models.chain import activations
 
 Number = Any
 
@@ -87,7 +87,7 @@ def undefended(setting: Setting, std: Number, constants: Constants = UNIT) -> Bo
       Both bounds, in input units.
 
     Raises:
-      ValueError: a size below 1, a negative deviation.
+      ValueError: a size that is not positive, a negative deviation.
     """
     rate = _rate(setting, std)
     return Bounds(constants.upper * setting.batch_size * rate, constants.lower * std * rate)
@@ -110,7 +110,7 @@ def local_steps(
     Raises:
       ValueError: as `undefended`, or fewer than one step.
     """
-    check("num_steps", num_steps, 1)
+    check_number("num_steps", num_steps, 1)
     upper, lower = undefended(setting, std, constants)
     return Bounds(num_steps * upper, lower)
 
@@ -161,8 +161,8 @@ def dp_sgd(
     Raises:
       ValueError: as `undefended`, a radius that is not positive, a negative norm.
     """
-    check("clip_norm", clip_norm, 0.0, open_low=True)
-    check("gradient_norm", gradient_norm, 0.0)
+    check_number("clip_norm", clip_norm, 0.0, open_low=True)
+    check_number("gradient_norm", gradient_norm, 0.0)
     rate = _rate(setting, std)
     added = std * clip_norm if noise_scale_by_clip else std
     effective = added * jnp.maximum(gradient_norm / clip_norm, 1.0)
@@ -185,14 +185,14 @@ def dropout(setting: Setting, std: Number, rate: Number, constants: Constants = 
     Raises:
       ValueError: as `undefended`, or a rate out of range.
     """
-    check("rate", rate, 0.0, 1.0, open_high=True)
+    check_number("rate", rate, 0.0, 1.0, open_high=True)
     return undefended(setting._replace(width=(1 - rate) * setting.width), std, constants)
 
 
 def pruning(setting: Setting, std: Number, kept: Number, constants: Constants = UNIT) -> Bounds:
     """Magnitude pruning: no upper bound is known, `std sqrt(d / ((1 - p^) m))` below.
 
-    `1 - p^` is read as the share of the squared Jacobian that is kept (`cramer_rao.kept_information`): the
+    `1 - p^` is read as the share of the squared Jacobian that is kept (`kept_information`): the
     table leaves it to "the Jacobian". So read, it scales the inequality of the means,
     `R^2 >= std^2 B d^2 / |J kept|^2`, which holds at every batch (method `trace` of `cramer_rao`); the
     Cramér-Rao bound itself may grow by less (at half of the coordinates 1.27 times for `tanh` where
@@ -211,7 +211,7 @@ def pruning(setting: Setting, std: Number, kept: Number, constants: Constants = 
     Raises:
       ValueError: as `undefended`, or a share out of range.
     """
-    check("kept", kept, 0.0, 1.0, open_low=True)
+    check_number("kept", kept, 0.0, 1.0, open_low=True)
     lower = undefended(setting._replace(width=kept * setting.width), std, constants).lower
     return Bounds(None, lower)
 
@@ -230,9 +230,9 @@ def secure_aggregation(
       The upper bound, and `None`.
 
     Raises:
-      ValueError: a size below 1.
+      ValueError: a size that is not positive, or fewer than one client.
     """
-    check("num_clients", num_clients, 1)
+    check_number("num_clients", num_clients, 1)
     return Bounds(constants.upper * num_clients * _rate(setting), None)
 
 
@@ -256,8 +256,9 @@ def kept_information(
       key: as there.
 
     Returns:
-      A scalar in [0, 1]; 1 - it may be far above the pruned share, as magnitude pruning keeps the
-      large coordinates of saturated units, which hardly move with the inputs.
+      A scalar in [0, 1]. `p^`, its difference from 1, may be far above the pruned share, as
+      magnitude pruning keeps the large coordinates of saturated units, which hardly move with the
+      inputs.
 
     Raises:
       ValueError: a mask unlike the parameters, fewer than one probe.
@@ -281,12 +282,12 @@ def lower_constant(activation: str, residuals: Array, num_nodes: int = 200) -> A
 
     Args:
       activation: `s`, by name.
-      residuals: `[B]`, `r_i = f(x_i) - y_i`, none zero.
+      residuals: `[B]`, `r_i = f(x_i) - y_i`; where one is zero the gradient is silent on its sample.
       num_nodes: of the Gauss-Hermite quadrature.
 
     Returns:
-      A scalar, in input units over gradient units; infinite for a linear activation and two samples
-      or more.
+      A scalar, in input units over gradient units; infinite for a residual of zero, and (up to
+      rounding, very large) for a linear activation and two samples or more.
 
     Raises:
       ValueError: an unknown activation.
@@ -294,16 +295,20 @@ def lower_constant(activation: str, residuals: Array, num_nodes: int = 200) -> A
     check_choice("activation", activation, tuple(activations))
     nodes, weights = np.polynomial.hermite_e.hermegauss(num_nodes)
     residuals = jnp.asarray(residuals)
+    residuals = residuals.astype(jnp.promote_types(residuals.dtype, jnp.float32))
     slope = jax.vmap(jax.grad(activations[activation]))(jnp.asarray(nodes, residuals.dtype))
     weights = jnp.asarray(weights / weights.sum(), residuals.dtype)
-    common = jnp.square(weights @ slope)
-    own = weights @ jnp.square(slope) - common
-    shrunk = 1 - common / (own + residuals.size * common)
-    return jnp.sqrt(jnp.mean(residuals**-2) * shrunk / own)
+    mean = weights @ slope
+    # As a variance, since a difference of two moments may round to below zero.
+    own = weights @ jnp.square(slope - mean)
+    common = jnp.square(mean)
+    # One sample shares nothing: a linear activation's 0 / 0 must not enter.
+    shared = 0.0 if residuals.size == 1 else (residuals.size - 1) * common / own
+    return jnp.sqrt(jnp.mean(residuals**-2) * (1 + shared) / (own + residuals.size * common))
 
 
 def _rate(setting: Setting, std: Number = 0.0) -> Number:
     for name, value in setting._asdict().items():
-        check(name, value, 0.0, open_low=True)
-    check("std", std, 0.0)
+        check_number(name, value, 0.0, open_low=True)
+    check_number("std", std, 0.0)
     return (setting.dimension / setting.width) ** 0.5

@@ -137,6 +137,8 @@ def test_errors_name_the_argument():
         hybrid(model, schedule="theirs")
     with pytest.raises(ValueError, match="schedule: variation must lie in"):
         hybrid(model, schedule=[Correction(10, 1.0, -1.0, 0.0)])
+    with pytest.raises(ValueError, match="schedule: steps must be a whole number"):
+        hybrid(model, schedule=[Correction(10.5, 1.0, 1.0, 0.0)])
     with pytest.raises(ValueError, match="solver must be one of"):
         hybrid(model, solver="qr")
     batches, seen, keys = victims(model, 8, 1)

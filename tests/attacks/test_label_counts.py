@@ -179,6 +179,14 @@ def test_one_logit(digits):
     assert by_weight.shape == (2,) and by_weight.sum() == 5
 
 
+def test_without_features_the_counts_are_the_probabilities():
+    model = invjax.models.mlp((16,), bias=False)
+    params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), SHAPE))
+    observation = observe(model, params, Batch(jnp.ones((10, *SHAPE)), jnp.arange(10) % 3))
+    found = label_counts.estimate_label_counts(jax.random.key(1), model, observation, 64)
+    np.testing.assert_array_equal(found, np.ones(10))
+
+
 def test_labels_are_never_read(digits):
     model = invjax.models.mlp((16,))
     batch = invjax.datasets.draw(jax.random.key(0), digits, 5)
@@ -208,8 +216,8 @@ def test_errors(digits):
     estimate = label_counts.estimate_label_counts
     for arguments, given, message in (
         ((model, observation), {"form": "best"}, "form must be one of"),
-        ((model, observation), {"num_dummies": 0}, "num_dummies must lie in"),
-        ((model, observation), {"batch_size": 0}, "batch_size must lie in"),
+        ((model, observation), {"num_dummies": 0}, "num_dummies must be a whole number"),
+        ((model, observation), {"batch_size": 0}, "batch_size must be a whole number"),
         ((model, facts(batch_size=None)), {}, "give batch_size"),
         ((model, facts(local=local)), {}, "must be 'sgd', got 'adam'"),
         ((model, observation._replace(gradient=None)), {}, "needs a gradient"),

@@ -11,7 +11,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 from invjax import gradients
-from invjax.attacks import labels
+from invjax.attacks import heads, labels
 from invjax.base import Batch, Facts, Layer, LocalTraining, Model, Observation
 
 DIGITS = load_digits()
@@ -488,7 +488,7 @@ def test_input_range_may_differ_between_channels():
         model, untrained(model, (8, 8, 2)), batch, input_range=((0.0, -2.0), (1.0, 2.0))
     )
     np.testing.assert_array_equal(labels.recover(model, observation), np.sort(batch.labels))
-    dummies = np.asarray(labels._dummy_inputs(observation))
+    dummies = np.asarray(heads.dummy_inputs(observation))
     assert 0 <= dummies[..., 0].min() and dummies[..., 0].max() <= 1
     assert -2 <= dummies[..., 1].min() < -1.9 and 1.9 < dummies[..., 1].max() <= 2
 
@@ -498,9 +498,9 @@ def test_auxiliary_data_are_thinned_evenly():
     batch = jax.tree.map(lambda leaf: leaf[0], draw(25, 1, 3))
     auxiliary = Batch(jnp.arange(1200.0).reshape(1200, 1), jnp.zeros(1200, jnp.int32))
     observation = observe(model, untrained(model), batch)._replace(auxiliary=auxiliary)
-    np.testing.assert_array_equal(labels._dummy_inputs(observation)[:, 0], np.arange(0, 1200, 3))
+    np.testing.assert_array_equal(heads.dummy_inputs(observation)[:, 0], np.arange(0, 1200, 3))
     few = observation._replace(auxiliary=jax.tree.map(lambda leaf: leaf[:500], auxiliary))
-    assert labels._dummy_inputs(few).shape == (500, 1)
+    assert heads.dummy_inputs(few).shape == (500, 1)
 
 
 def test_dead_features_stay_finite():
@@ -548,8 +548,9 @@ def test_errors():
         labels.recover(model, observation, method="gcd")
     with pytest.raises(ValueError, match="give batch_size"):
         labels.recover(model, observe(model, params, batch, batch_size=None))
-    with pytest.raises(ValueError, match="must be positive, got 0"):
-        labels.recover(model, observation, 0)
+    for recover in (labels.recover, labels.row_minimum, labels.counts, labels.estimate_counts):
+        with pytest.raises(ValueError, match=r"batch_size must be a whole number.* got -1"):
+            recover(model, observation, -1)
     with pytest.raises(ValueError, match="the batch has 12"):
         labels.recover(model, observation, method="idlg")
     with pytest.raises(ValueError, match="at most 10, got 12"):

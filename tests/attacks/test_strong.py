@@ -215,6 +215,8 @@ def test_images_come_back_by_any_guide():
         ({"guide": "truth"}, "guide must be one of 'subspace', 'features', 'none', got 'truth'"),
         ({"weight": -1.0}, "weight"),
         ({"tolerance": 0.0}, "tolerance"),
+        ({"learning_rate": 0.0}, "learning_rate must lie in"),
+        ({"restarts": 0}, "restarts must be a whole number"),
         ({"labels": "joint"}, "labels must be one of 'known', 'recovered', got 'joint'"),
         ({"model": MODEL._replace(head=None)}, "small does not tell its dense head"),
     ],
@@ -236,6 +238,8 @@ def test_a_head_of_one_layer_is_refused():
         strong(MODEL)(KEY, blind)
     with pytest.raises(ValueError, match="grants none"):
         strong(MODEL, labels="known")(KEY, hidden)
+    with pytest.raises(ValueError, match="grants 2 labels for 3 samples"):
+        strong(MODEL, guide="features")(KEY, hidden._replace(labels=jnp.array([1, 2])))
     many = dataclasses.replace(hidden.facts, batch_size=13)
     with pytest.raises(ValueError, match="560 coefficients"):
         strong(MODEL)(KEY, hidden._replace(facts=many))

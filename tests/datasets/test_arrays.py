@@ -8,27 +8,10 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from written import check, fuzz, pixels
 
 from invjax import datasets
 from invjax.datasets import DatasetError
-
-fuzz = hypothesis.settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
-
-
-def pixels(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def check(dataset, raw, labels):
-    np.testing.assert_allclose(dataset.inputs, raw / 255, atol=1e-6)
-    np.testing.assert_array_equal(dataset.labels, labels)
-    assert dataset.value_range == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

@@ -3,19 +3,10 @@
 import numpy as np
 import pytest
 from PIL import Image
+from written import check, pixels
 
 from invjax import datasets
 from invjax.datasets import DatasetError
-
-
-def pixels(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def check(dataset, raw, labels):
-    np.testing.assert_allclose(dataset.inputs, raw / 255, atol=1e-6)
-    np.testing.assert_array_equal(dataset.labels, labels)
-    assert dataset.value_range == (0.0, 1.0)
 
 
 def save_image(path, raw):

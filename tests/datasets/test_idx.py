@@ -1,28 +1,13 @@
 """idx: what is written comes back, real files, and damage of every kind."""
 
 import gzip
-import struct
 
 import numpy as np
 import pytest
+from written import check, idx_bytes, pixels
 
 from invjax import datasets
 from invjax.datasets import DatasetError
-
-
-def pixels(*shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def idx_bytes(array):
-    header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
-    return header + array.tobytes()
-
-
-def check(dataset, raw, labels):
-    np.testing.assert_allclose(dataset.inputs, raw / 255, atol=1e-6)
-    np.testing.assert_array_equal(dataset.labels, labels)
-    assert dataset.value_range == (0.0, 1.0)
 
 
 @pytest.fixture

@@ -2,18 +2,13 @@
 
 import gzip
 import pickle
-import struct
 
 import numpy as np
 import pytest
 from PIL import Image
+from written import idx_bytes
 
 from invjax import datasets
-
-
-def idx_bytes(array):
-    header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
-    return header + array.tobytes()
 
 
 def write_idx(folder, mark, split="test", separator="-", zipped=False):

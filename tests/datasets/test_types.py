@@ -86,7 +86,7 @@ def test_class_names_and_column_labels():
         (np.zeros((2, 3)), np.zeros(3, int), r"2 inputs, but labels of shape \(3,\)"),
         (np.zeros((2, 3)), np.zeros((2, 2), int), r"2 inputs, but labels of shape \(2, 2\)"),
         (np.zeros((2, 3)), np.zeros(2), "labels must be integers from 0, got float64"),
-        (np.zeros((2, 3)), np.array([0, -1]), "labels must be integers from 0"),
+        (np.zeros((2, 3)), np.array([0, -1]), "labels must be integers from 0, got -1"),
         (np.zeros((2, 3)), np.array([0, 2**40]), "label 1099511627776 is above 65535"),
         (np.array([[0.0], [np.nan]]), np.zeros(2, int), "inputs must be finite"),
         (np.array([[0.0], [1e300]]), np.zeros(2, int), "inputs must be finite"),
@@ -102,6 +102,8 @@ def test_arrays_that_make_no_data_set_are_refused(inputs, labels, message):
 def test_labels_beyond_the_names_are_refused():
     with pytest.raises(datasets.DatasetError, match="label 2 is out of range for 2 classes"):
         build(images(), class_names=("cat", "dog"))
+    with pytest.raises(datasets.DatasetError, match="label 2 is out of range for 0 classes"):
+        build(images(), class_names=())
 
 
 # Normalisation.

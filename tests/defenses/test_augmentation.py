@@ -16,8 +16,9 @@ import invjax
 from invjax import Batch, gradients, metrics
 from invjax.defenses import gaussian_noise
 from invjax.defenses.augmentation import POOL, ats, augment, parse_policy, policy_text
-from invjax.defenses.operations import GREY, SIGNS, bounds, from_levels, operations, to_levels
+from invjax.defenses.operations import GREY, SIGNS, from_levels, operations, to_levels
 from invjax.observe import prepared_batch
+from invjax.ranges import bounds
 
 NAMES = tuple(operations())
 WHOLE = ("invert", "autocontrast", "equalize")
@@ -187,7 +188,7 @@ def test_what_is_no_policy_is_named(text, message):
     ("settings", "message"),
     [
         ({"policy": "50"}, "transformation 50"),
-        ({"crop_padding": -1}, "crop_padding must lie in"),
+        ({"crop_padding": -1}, "crop_padding must be a whole number of at least 0, got -1"),
         ({"crop_padding": 1.5}, "crop_padding must be a whole number"),
         ({"fill": 1.5}, "fill must lie in"),
         ({"input_range": (1.0, 1.0)}, "input_range must be"),
@@ -229,7 +230,9 @@ def test_a_range_is_scaled_away(key):
     levels = to_levels(normalized, (low, high))
     np.testing.assert_array_equal(levels, natural()[None])
     np.testing.assert_allclose(from_levels(levels, (low, high), "float32"), normalized, atol=1e-6)
-    assert [bound.shape for bound in bounds((low, high), images)] == [images.shape] * 2
+    assert [bound.shape for bound in bounds((low, high), images.shape, images.dtype)] == [
+        images.shape
+    ] * 2
 
 
 def test_crop_and_flip_come_first_and_can_be_left_out(key):

@@ -11,7 +11,14 @@ from hypothesis.extra import numpy as hnp
 
 from invjax import gradients
 from invjax.base import Batch
-from invjax.defenses import chain, clip_per_sample, gaussian_noise, global_clip, magnitude_prune
+from invjax.defenses import (
+    chain,
+    clip_per_sample,
+    gaussian_noise,
+    global_clip,
+    magnitude_prune,
+    random_mask,
+)
 from invjax.models.adapters import from_apply
 
 per_sample_gradients = jax.jit(gradients.per_sample_gradients, static_argnums=0)
@@ -136,6 +143,18 @@ def test_clipping_what_was_pruned_uses_what_was_left():
     kept = observed["a"] != 0
     np.testing.assert_allclose(law.location["a"][kept], observed["a"][kept], rtol=1e-6)
     assert law.pruned["a"] == jnp.abs(observed["a"][kept]).min()
+
+
+def test_clipping_behind_a_mask_that_cannot_be_told_uses_what_it_leaves_on_average():
+    gradient = {"a": jnp.cos(jnp.arange(4000.0))}
+    masked = chain(random_mask(0.4, known=False), global_clip(1.0))
+    observed = run(masked, gradient)["a"]
+    law = chain(masked, gaussian_noise(0.1)).law({"a": observed}, gradient)
+    kept = observed != 0
+    ratio = observed[kept] / law.location["a"][kept]
+    # The norm of four thousand coordinates lies within two percent of its mean.
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-4)
+    assert float(ratio[0]) == pytest.approx(1.0, abs=0.02)
 
 
 def test_zero_gradients_clip_without_nan():

@@ -236,6 +236,25 @@ def test_pruning_behind_an_unknown_mask_forgives_zeros_only():
     assert float(small - score(candidate)) == pytest.approx(np.log(2), abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    "behind", ["random_mask(0.5)", "gradient_dropout(0.5)", "global_clip(0.5)", "gaussian(0.1)"]
+)
+def test_a_grid_is_not_read_where_a_later_stage_hides_it(behind):
+    """The largest coordinate tells the grid, if it was neither masked nor multiplied."""
+    gradient = {"a": jnp.linspace(-1.0, 1.4, 60)}
+    defense = parse(f"quantize(5),{behind}")
+    state = defense.init(gradient)
+    observed, _ = defense.update(gradient, state)
+    law = defense.law(observed, gradient, defense.public(state))
+    assert law.rounding is None
+    if "gaussian" not in behind:
+        kept = observed["a"] != 0
+        np.testing.assert_allclose(law.location["a"][kept], observed["a"][kept], atol=1e-6)
+    # What does nothing hides nothing.
+    bare = defenses.chain(parse("quantize(5)"), parse("gaussian(0.0)"))
+    assert bare.law(gradient, gradient).rounding is not None
+
+
 def test_zero_tensors_are_harmless():
     zeros = {"a": jnp.zeros(4), "b": jnp.ones(3)}
     for text in (

@@ -16,7 +16,7 @@ from scipy import stats
 import invjax
 from invjax import datasets, models
 from invjax.base import Batch, Defense
-from invjax.defenses import chain, gaussian_noise
+from invjax.defenses import chain, gaussian_noise, global_clip
 from invjax.defenses.optimal import (
     optimal_clipped_noise,
     optimal_noise,
@@ -300,6 +300,13 @@ def test_rounding_is_to_its_own_grid_within_half_a_step(per_batch):
     silent = chain(defense, gaussian_noise(0.03))
     law = silent.law(second, gradient, (*public, None))
     np.testing.assert_allclose(flat(law.location), out, atol=1e-6)
+    # A factor hides the grid, and is replayed with the rounding.
+    clipped = chain(defense, global_clip(0.1))
+    state = clipped.init(PARAMS)
+    third, _ = clipped.update(gradient, state)
+    law = clipped.law(third, gradient, clipped.public(state))
+    assert law.rounding is None
+    np.testing.assert_allclose(flat(law.location), flat(third), atol=1e-6)
 
 
 def test_a_pruning_mask_is_read_off_the_zeros_or_published():

@@ -237,5 +237,5 @@ def test_settings_are_checked(params, key, settings, message):
 
 
 def test_bins_are_checked(params, key):
-    with pytest.raises(ValueError, match="num_bins must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_bins must be a whole number of at least 1, got 0"):
         privacy_score(MODEL, params, INPUTS, LABELS, unchanged, key, num_bins=0)

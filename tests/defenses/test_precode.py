@@ -208,8 +208,11 @@ def test_it_trains_with_a_fresh_key_a_step():
     ("settings", "message"),
     [
         ({"num_classes": 10, "kl_weight": -1.0}, r"kl_weight must lie in \[0.0, inf\], got -1.0"),
-        ({"num_classes": 10, "bottleneck": 0}, "bottleneck must be at least 1, got 0"),
-        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        (
+            {"num_classes": 10, "bottleneck": 0},
+            "bottleneck must be a whole number of at least 1, got 0",
+        ),
+        ({"num_classes": 0}, "num_classes must be a whole number of at least 1, got 0"),
         ({"num_classes": 10, "activation": "relo"}, "activation must be one of .*, got 'relo'"),
     ],
 )

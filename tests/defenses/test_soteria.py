@@ -227,7 +227,8 @@ def test_weights_that_drop_a_layer():
     ("settings", "error", "message"),
     [
         ({"rate": 1.1}, ValueError, r"rate must lie in \[0.0, 1.0\], got 1.1"),
-        ({"epsilon": -1.0}, ValueError, r"epsilon must lie in \[0.0, inf\], got -1.0"),
+        ({"epsilon": -1.0}, ValueError, r"epsilon must lie in \(0.0, inf\], got -1.0"),
+        ({"epsilon": 0.0}, ValueError, r"epsilon must lie in \(0.0, inf\], got 0.0"),
         ({"layer": 1.5}, TypeError, "layer must be an integer, got 1.5"),
         ({"layer": 3}, ValueError, r"layer must lie in \[-3, 2\], the dense layers of mlp, got 3"),
         ({"layer": -4}, ValueError, r"layer must lie in \[-3, 2\]"),
@@ -241,7 +242,7 @@ def test_it_refuses(settings, error, message):
 
 def test_it_needs_a_chain_with_vectors():
     model = models.convnet()
-    with pytest.raises(ValueError, match="layer view, which the model convnet64 has not"):
+    with pytest.raises(ValueError, match="The model convnet64 has no layer view"):
         soteria(model)
     with pytest.raises(ValueError, match="has no layer view"):
         read_mask(model, {})

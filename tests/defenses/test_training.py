@@ -142,6 +142,7 @@ def test_two_unknown_masks_drop_together():
         ("gradient_dropout", (1.0,), "rate"),
         ("quantize", (1,), "bits"),
         ("quantize", (2.5,), "bits"),
+        ("quantize", (np.float32(2.5),), "bits must be a whole number"),
         ("sign_compress", ("max",), "scale"),
     ],
 )

@@ -112,9 +112,18 @@ def test_the_gradient_knows_the_transformed_batch(rows):
     assert len(labels) == 3
 
 
+def test_an_attack_that_cannot_be_is_refused_before_training():
+    attack = {"bias trick": attacks.bias_trick(MODEL)}
+    with pytest.raises(ValueError, match="batch_size must be 1, got 2"):
+        course.attack_over_training(MODEL, DIGITS, None, attack, steps=(0,), batch_size=2)
+
+
 def test_the_figure(rows):
     assert course_figure(rows).startswith(b"\x89PNG")
     assert course_figure(rows, "prepared_psnr") != course_figure(rows)
+    failed = [rows[0] | {"psnr": value} for value in (np.nan, np.inf, -np.inf)]
+    for some in (failed, failed[:1], failed[1:2]):
+        assert course_figure(some).startswith(b"\x89PNG")
 
 
 def test_accuracy_counts():

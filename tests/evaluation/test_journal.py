@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import zlib
@@ -18,7 +17,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from invjax.evaluation import checkpoint, files, journal, store
+from invjax import files
+from invjax.evaluation import checkpoint, journal, store
 
 SETTINGS = {
     "sweep": {"attack": "matching", "seeds": [0, 1], "defense": {"noise": 0.1, "clip": math.nan}},
@@ -55,43 +55,6 @@ def flip(path: pathlib.Path, position: int, bits: int = 1) -> None:
 # Writing
 
 
-def test_write_atomic_makes_folders_and_replaces(tmp_path):
-    path = tmp_path / "a" / "b" / "file"
-    for content in (b"old", b"", b"new"):
-        files.write_atomic(path, content)
-        assert contents(tmp_path) == {"a/b/file": content}
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, call):
-    files.write_atomic(tmp_path / "file", b"old")
-    monkeypatch.setattr(journal.os, call, full)
-    for name in ("file", "new"):
-        with pytest.raises(OSError, match="No space"):
-            files.write_atomic(tmp_path / name, b"content")
-    assert contents(tmp_path) == {"file": b"old"}
-
-
-def test_a_disk_that_fills_up_while_it_is_written(tmp_path):
-    files.write_atomic(tmp_path / "file", b"old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(OSError, match="too large"):
-            files.write_atomic(tmp_path / "file", bytes(200_000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert contents(tmp_path) == {"file": b"old"}
-
-
-def test_content_and_folder_are_synced_around_the_rename(tmp_path, monkeypatch):
-    events, sync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(journal.os, "fsync", lambda fd: (events.append("sync"), sync(fd)))
-    monkeypatch.setattr(journal.os, "replace", lambda *a: (events.append("rename"), replace(*a)))
-    files.write_atomic(tmp_path / "file", b"new")
-    assert events == ["sync", "rename", "sync"]
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder(tmp_path):
     closed = tmp_path / "closed"
@@ -104,17 +67,6 @@ def test_a_read_only_folder(tmp_path):
     with pytest.raises(store.FolderError, match="cannot be written to"):
         journal.open_sweep(closed, SETTINGS, resume=False)
     assert not contents(closed)
-
-
-def test_clean_removes_temporaries_only(tmp_path):
-    keep = {"a.npz": b"", "blocks/.hidden": b"", "b/x.partial-1": b""}
-    stale = {".a.npz.partial-1": b"", "blocks/.b.npz.partial-22": b"", "blocks/.c.partial-1": b""}
-    for name in keep | stale:
-        files.write_atomic(tmp_path / name, b"")
-    assert files.clean(tmp_path, pid=22) == [tmp_path / "blocks/.b.npz.partial-22"]
-    assert len(files.clean(tmp_path)) == 2
-    assert contents(tmp_path) == keep
-    assert files.clean(tmp_path / "none") == []
 
 
 # Settings
@@ -406,7 +358,8 @@ def test_two_processes(tmp_path):
 KILLED = """
 import os, pathlib, random, signal, sys, time
 import numpy as np
-from invjax.evaluation import checkpoint, files, journal
+from invjax import files
+from invjax.evaluation import checkpoint, journal
 
 folder = pathlib.Path(sys.argv[1])
 

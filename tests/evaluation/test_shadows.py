@@ -162,3 +162,6 @@ def test_errors():
     for pool in (wrong, batch(1, 0)):
         with pytest.raises(ValueError, match="pool must hold records of the known ones' shape"):
             shadows(KEY, cheap(1.0), batch(0, 6), pool)
+    short = batch(1, 4)._replace(labels=np.zeros(3, int))
+    with pytest.raises(ValueError, match="pool must have a label for each of its 4 records, got 3"):
+        shadows(KEY, cheap(1.0), batch(0, 6), short)

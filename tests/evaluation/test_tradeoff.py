@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from invjax import calls, datasets, defenses, models
+from invjax import calls, datasets, defenses, files, models
 from invjax.evaluation import (
     calibrate,
     families,
@@ -297,6 +297,43 @@ def test_a_training_that_raises_is_listed_and_the_rest_goes_on(whole, tmp_path, 
     assert result.table == whole[1].table[:1]
 
 
+def diverging(patch, name):
+    """Training under one defence ends in a loss that is no number."""
+    trainer = utility.trainer
+
+    def broken(model, data, defense, **options):
+        train = trainer(model, data, defense, **options)
+
+        def diverge(numbers):
+            found = train(numbers)
+            bad = name in defense(np.ones(numbers.shape[1])).name
+            return found._replace(loss=found.loss * np.nan) if bad else found
+
+        return diverge
+
+    patch.setattr(utility, "trainer", broken)
+
+
+def test_json_holds_a_training_that_diverged(tmp_path, monkeypatch):
+    stand_ins(monkeypatch)
+    diverging(monkeypatch, "sign_compress")
+    settings = dataclasses.replace(SMALL, utility="loss")
+    result = tradeoff.tradeoff(settings, tmp_path / "t")
+    row = result.table[1]
+    assert row["status"] == "already above"
+    assert row["loss"] is row["utility_loss"] is row["utility_loss_error"] is None
+    text = (tmp_path / "t" / "results.json").read_text()
+    json.loads(text, parse_constant=pytest.fail)
+    assert tradeoff.read(tmp_path / "t")[2] == result
+
+
+def test_a_comparison_with_nothing_is_refused(tmp_path, monkeypatch):
+    stand_ins(monkeypatch)
+    diverging(monkeypatch, "none")
+    with pytest.raises(ValueError, match=r"a lower rate than adam\(0.02\)"):
+        tradeoff.tradeoff(SMALL, tmp_path / "t")
+
+
 def test_the_printed_definition_takes_the_attack_that_errs_most(whole, monkeypatch):
     stand_ins(monkeypatch)
     least = whole[1].table[0]
@@ -304,6 +341,27 @@ def test_the_printed_definition_takes_the_attack_that_errs_most(whole, monkeypat
     assert (least["attack"], most["attack"]) == ("bayes(num_steps=2)", "bias_trick")
     assert most["mse"] == most["mse of bias_trick"] == least["mse of bias_trick"] > least["mse"]
     assert most["utility_loss"] == least["utility_loss"]
+
+
+def test_reconstructions_are_those_of_the_point(whole):
+    folder, result = whole
+    point = result.table[0]
+    assert tradeoff.reconstructions(folder, point) is None
+    (cell,) = grid.cells(
+        tradeoff_settings.attack_sweep(SMALL, [point["defense"]], [point["attack"]])
+    )
+    inner = tradeoff.attack_folder(folder, 1, SMALL.defenses[0])
+    arrays = dict(zip("xy", np.random.default_rng(0).random((2, 4, 1, 8, 8, 1)), strict=True))
+    content = store.npz(truth=arrays["x"], reconstruction=arrays["y"], labels=np.zeros(4))
+    files.write_atomic(inner / "reconstructions" / f"{cell.name}.npz", content)
+    found = tradeoff.reconstructions(folder, point)
+    assert set(found) == {"truth", "reconstruction"}
+    np.testing.assert_array_equal(found["truth"], arrays["x"][:, 0])
+    np.testing.assert_array_equal(found["reconstruction"], arrays["y"][:, 0])
+    assert tradeoff.reconstructions(folder, point | {"attack": "bias_trick"}) is None
+    assert tradeoff.reconstructions(folder, point | {"attack": None}) is None
+    with pytest.raises(ValueError, match=r"family must be one of none, gaussian_noise\(\*\)"):
+        tradeoff.reconstructions(folder, point | {"family": "clip"})
 
 
 def test_settings_survive_json_and_toml(tmp_path):
@@ -328,7 +386,9 @@ def test_settings_survive_json_and_toml(tmp_path):
         ({"defenses": ["none"]}, "without 'none'"),
         ({"defenses": ["sign_compress", "sign_compress"]}, "different"),
         ({"levels": [0.0]}, "positive"),
+        ({"levels": [float("nan")]}, "positive"),
         ({"levels": [1.5]}, "below 1"),
+        ({"attacks": ["bayes(num_stepz=2)"]}, "num_stepz"),
         ({"levels": []}, "one at least"),
         ({"seeds": ["a"]}, "ints"),
         ({"grid": 1}, "grid must be at least 2"),

@@ -277,6 +277,7 @@ def test_a_normalised_model_keeps_loss_convolution_and_parameters():
         (0.0, 0.0, "std must be positive"),
         (0.0, [1.0, -1.0], "std must be positive"),
         (0.0, float("nan"), "std must be positive"),
+        (0.0, float("inf"), "std must be positive"),
         (0.0, [[1.0]], "std must be positive, a number or one a channel"),
         (float("inf"), 1.0, "mean must be finite"),
         ([[0.0]], 1.0, "mean must be finite, a number or one a channel"),
@@ -285,3 +286,10 @@ def test_a_normalised_model_keeps_loss_convolution_and_parameters():
 def test_normalisation_refuses(mean, std, message):
     with pytest.raises(ValueError, match=message):
         models.normalized(models.lenet(), mean, std)
+
+
+def test_grey_images_are_not_normalised_into_colours():
+    raw = models.normalized(models.mlp((4,)), [0.5, 0.4, 0.3], 1.0)
+    params = raw.init(jax.random.key(0), (6, 6, 3))
+    with pytest.raises(ValueError, match=r"mean has 3 channels, but inputs of .* have 1"):
+        raw.apply(params, images((6, 6, 1)))

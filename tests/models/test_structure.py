@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from invjax import conv, models
+from invjax.models.chain import Spec, chain_model
 from invjax.models.layers import apply_layers
 
 
@@ -107,6 +108,18 @@ def test_parameters_depend_on_the_key_and_on_nothing_else(key):
         (lambda: models.resnet18(norm="none"), "norm must be one of group, batch"),
         (lambda: models.resnet18(activation="no"), "activation must be one of .*no"),
         (lambda: models.resnet18(hidden=-1), "hidden must be at least 0, got -1"),
+        (lambda: models.resnet18(width=0), "width must be at least 1, got 0"),
+        (lambda: models.mlp((4, 0)), r"features of layer 2 \(dense\) must be at least 1, got 0"),
+        (lambda: models.lenet(0), r"features of layer 4 \(dense\) must be at least 1, got 0"),
+        (lambda: chain_model([Spec("maxpool")], 2, "x"), "kind must be one of conv, .*'maxpool'"),
+        (
+            lambda: chain_model([Spec("max_pool", window=0)], 2, "x"),
+            r"window of layer 0 \(max_pool\) must be at least 1",
+        ),
+        (
+            lambda: chain_model([Spec("dense", 2, norm="batch")], 2, "x"),
+            r"norm must be 'none' for layer 0 \(dense\), got 'batch'",
+        ),
     ],
 )
 def test_unknown_choices_are_refused(make, message):
@@ -124,9 +137,9 @@ def test_images_must_have_three_axes(model, shape, key):
 def test_inputs_that_are_too_small_are_refused(key):
     with pytest.raises(ValueError, match=r"too small: layer 9 .max_pool. leaves nothing"):
         models.convnet(width=2).init(key, (8, 8, 3))
-    specs = [models.chain.Spec("conv", 2, window=5)]
-    with pytest.raises(ValueError, match="too small: layer 0 is left with"):
-        models.chain.chain_model(specs, 2, "tiny").init(key, (4, 4, 1))
+    specs = [Spec("conv", 2, window=5)]
+    with pytest.raises(ValueError, match=r"layer 0 .conv. leaves nothing of \(4, 4, 1\)"):
+        chain_model(specs, 2, "tiny").init(key, (4, 4, 1))
 
 
 @pytest.mark.parametrize(
@@ -137,6 +150,7 @@ def test_inputs_that_are_too_small_are_refused(key):
         (models.convnet(num_classes=4, width=1, norm="group"), (32, 32, 3), (36, 4)),
         (models.resnet18(4, width=2, hidden=7, activation="tanh"), (8, 8, 3), (16, 7, 4)),
         (models.resnet18(4, width=2), (8, 8, 3), (16, 4)),
+        (models.normalized(models.mlp((6,), num_classes=4), 0.5, 0.2), (3, 3, 1), (9, 6, 4)),
     ],
 )
 def test_the_head_of_the_features_is_the_model(model, shape, widths, key):

@@ -69,7 +69,7 @@ def test_a_list_of_layers_survives_a_file(tmp_path):
             return x
 
     model, params = models.from_nnx(Net(), (4,))
-    path = tmp_path / "weights.npz"
+    path = tmp_path / "made" / "weights.npz"
     models.save_params(path, params)
     like = jax.eval_shape(lambda: params)
     loaded = models.load_params(str(path), like)
@@ -93,7 +93,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["weights.npz"]
 
 
-@pytest.mark.parametrize("leaf", [jnp.ones(2, jnp.bfloat16), np.array([object()])])
+@pytest.mark.parametrize(
+    "leaf", [jnp.ones(2, jnp.bfloat16), np.array([object()]), jax.random.key(0)]
+)
 def test_what_npz_cannot_hold_is_refused(tmp_path, leaf):
     with pytest.raises(ValueError, match=r"params\['a'\]\['b'\] has dtype .* npz cannot hold"):
         models.save_params(tmp_path / "weights.npz", {"a": {"b": leaf}})

@@ -49,8 +49,8 @@ RESULT = Result(
 )
 
 
-def samples(family, defense, attack):
-    assert attack == "bayes" and defense.startswith(family.split("(")[0])
+def samples(row):
+    assert row["attack"] == "bayes" and row["defense"].startswith(row["family"].split("(")[0])
     rng = np.random.default_rng(0)
     return {"truth": rng.random((3, 8, 8, 1)), "reconstruction": rng.random((3, 8, 8, 1))}
 
@@ -125,6 +125,14 @@ def test_a_defense_without_a_measured_attack_is_not_ranked():
     silent = RESULT.table[1] | {"mse": None, "attack": None, "psnr": None, "psnr_error": None}
     text = page(RESULT._replace(table=[RESULT.table[0], silent | {"mse of bayes": None}]))
     assert "No attack was measured behind magnitude_prune(0.9)" in ranking(text)
+
+
+def test_a_training_that_diverged_has_no_price():
+    none = dict.fromkeys(("utility_loss", "utility_loss_error", "loss", "loss_error"))
+    row = RESULT.table[1] | none | {"status": "already above"}
+    text = page(RESULT._replace(table=[RESULT.table[0], row], curves=[*RESULT.curves, row]))
+    assert "even at its weakest: a training that diverges; it lets" in ranking(text)
+    assert "None" not in text[text.index("<h2>Table") : text.index("<h2>Lost")]
 
 
 def test_one_seed_has_no_error_bars():

@@ -193,6 +193,8 @@ def test_sweep_at_one_epsilon():
     [
         (lambda: renyi_divergences(0.0, 0.1, 1), "noise_multiplier must lie in"),
         (lambda: renyi_divergences(1.0, 0.1, 1, [1.0]), "orders must lie above 1"),
+        (lambda: renyi_divergences(1.0, 0.1, 1, []), "orders must lie above 1"),
+        (lambda: same_epsilon(1.0, 1e-5, 1.5, 10, []), "kappa must lie in"),
         (lambda: renyi_epsilon(1.0, 0.1, 1, 0.0), "delta must lie in"),
         (lambda: renyi_two_replacement(1.0, 0.0, 1), "sampling_rate must lie in"),
         (lambda: renyi_two_replacement(1.0, 0.1, 1, "seen"), "inclusion must be one of"),

@@ -148,6 +148,8 @@ def test_a_batch_larger_than_the_first_layer_has_twins_of_any_size(widths, size)
     assert boundary.secure
     for change, tolerance in ((0.1, 1e-14), (1.0, 1e-12), (100.0, 1e-10)):
         twin = twin_batch(jax.random.key(1), model, params, batch, change)
+        # Of NumPy: a double-precision array of JAX's would warn where these are off.
+        assert isinstance(twin.inputs, np.ndarray) and twin.inputs.dtype == np.float64
         assert gradient_difference(model, params, batch, twin) < tolerance
         np.testing.assert_allclose(rms(batch, twin), change, rtol=1e-12)
         np.testing.assert_array_equal(moves(batch, twin) > 1e-5 * change, boundary.hidden)
@@ -387,8 +389,11 @@ CALLS = {
     ("call", "settings", "message"),
     [
         ("draws", {"batch_size": 5}, r"batch_size must lie in \[1, 4\], got 5"),
-        ("draws", {"num_batches": 0}, r"num_batches must lie in \[1, inf\], got 0"),
-        ("twin", {"size": 0.0}, r"size must lie in \(0.0, inf\], got 0.0"),
+        ("draws", {"batch_size": 2.5}, "batch_size must be a whole number of at least 1, got 2.5"),
+        ("draws", {"num_batches": 0}, "num_batches must be a whole number of at least 1, got 0"),
+        ("twin", {"size": 0.0}, r"size must lie in \(0.0, inf\), got 0.0"),
+        ("boundary", {"tolerance": np.nan}, r"tolerance must lie in \[0.0, 1.0\), got nan"),
+        ("kernel", {"tolerance": 1.0}, r"tolerance must lie in \[0.0, 1.0\), got 1.0"),
     ],
 )
 def test_numbers_out_of_range_are_named(call, settings, message):

@@ -251,6 +251,7 @@ def test_the_bound_of_renyi_privacy(epsilon, value):
         (lambda x: fisher.fisher_information(release, x, -1.0), "std"),
         (lambda x: fisher.largest_information(release, x, 1.0, num_steps=0), "num_steps"),
         (lambda x: fisher.rdp_mse(0.0, x), "epsilon"),
+        (lambda x: fisher.smooth_clip(x, 0.0), "clip_norm"),
         (lambda x: fisher.subsampling_credit(0.0, 1.0), "sampling_rate"),
         (lambda x: fisher.subsampling_credit(0.1, 1.0, 1.0), "delta"),
         (lambda x: fisher.subsampling_credit(0.1, 0.0), "noise_multiplier"),

@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import ndtr, ndtri
@@ -150,6 +151,8 @@ def test_what_may_be_off_is_added():
     step = loss_grid.split_step(law, grid)
     sticks = privacy_loss._hockey_sticks(grid, step, 0.125)
     assert 0 < step.misplaced < 1e-12 and 0 < step.error < 1e-8
+    assert sticks.shift == 2 * step.misplaced
+    assert sticks.slack - 0.125 >= loss_grid.roundoff(step.masses, step.error, grid) > 0
     kappa = np.array([1e-3, 0.1])
     certified = privacy_loss._upper(kappa, sticks)
     none = privacy_loss._upper(kappa, privacy_loss._hockey_sticks(grid, step, 0.0))
@@ -161,6 +164,24 @@ def test_what_may_be_off_is_added():
     points = np.linspace(-2.0, 3.0, 11)
     tails = loss_grid.bin_masses(points, law)[2]
     assert (tails[1] >= 0.3 * tails[0]).all() and (tails > 0).all()
+
+
+@pytest.mark.parametrize(("rate", "noise"), [(0.3, 1.0), (1e-6, 1.0), (0.5, 1e4), (1.0, 300.0)])
+def test_points_are_misplaced_by_no_more_than_said(rate, noise):
+    """The loss at the outcomes that stand for the grid's points, in wider floats."""
+    law = loss_grid.Law(noise, rate)
+    grid = loss_grid.make_grid(loss_grid.make_window(law, 100), 100, 2**12)
+    first, last, _ = loss_grid.first_and_last(law, grid)
+    losses = np.arange(first, last + 1) * grid.width
+    points = loss_grid.outcomes(losses, law)
+    seen = np.isfinite(points)
+    wide = points[seen].astype(np.longdouble)
+    taken = np.log(np.longdouble(rate)) + (wide - 0.5) / np.longdouble(noise) ** 2
+    with np.errstate(divide="ignore"):
+        exact = np.logaddexp(np.log1p(-np.longdouble(rate)), taken)
+    misplaced = np.abs(exact - losses[seen]).max()
+    said = loss_grid.misplaced(points, losses, law)
+    assert 0 < misplaced <= said < 1e4 * misplaced
 
 
 def test_coarse_certificates_stay_above_fine_ones():
@@ -229,6 +250,8 @@ def test_delta_of_full_batches():
         (lambda: fft_blowup(0.1, 0, 0.1, 1), "noise_multiplier must lie in"),
         (lambda: fft_blowup(0.1, math.inf, 0.1, 1), "noise_multiplier must lie in"),
         (lambda: fft_blowup(0.1, 1, 0.0, 1), "sampling_rate must lie in"),
+        (lambda: fft_blowup(0.1, 1, jnp.asarray(1.5), 1), "sampling_rate must lie in"),
+        (lambda: fft_blowup(0.1, jnp.asarray(-1.0), 0.1, 1), "noise_multiplier must lie in"),
         (lambda: fft_blowup(0.1, 1, 1.1, 1), "sampling_rate must lie in"),
         (lambda: fft_blowup(0.1, 1, 0.1, 0), "steps must lie in"),
         (lambda: fft_blowup(0.1, 1, 0.1, 1.5), "steps must be a whole number, got 1.5"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from invjax import Batch, linalg, models
+from invjax.attacks.analytic.layerwise.inverses import inverses
 from invjax.models.chain import Spec, activations, chain_model
 from invjax.models.layers import apply_layer
 from invjax.models.reference import NAMES, reference
@@ -16,7 +17,6 @@ from invjax.theory.security_index import (
     jacobian_rank,
     minimum_filters,
     security_index,
-    table,
 )
 
 CIFAR = (32, 32, 3)
@@ -274,6 +274,8 @@ def test_inputs_along_the_first_layers_kernel_share_the_gradient():
 
 def test_every_activation_is_classified():
     assert set(activations) - set(layer_rows.INVERTIBLE) == {"relu", "gelu", "silu"}
+    # As the attack that the index predicts has them.
+    assert set(inverses) - set(layer_rows.INVERTIBLE) == {"relu"}
 
 
 def test_relu_counts_gradient_rows_and_a_samples_active_outputs():
@@ -422,6 +424,7 @@ def test_minimum_filters_numerically():
     ("arguments", "words"),
     [
         ((CIFAR, 0), "window"),
+        ((CIFAR, 2.5), "window must be a whole number"),
         ((CIFAR, 3, 0), "stride"),
         ((CIFAR, 3, 1, -1), "padding"),
         (((0, 3, 3), 1), "input_shape"),
@@ -447,15 +450,6 @@ def test_changes_that_close_the_first_layer():
     fewer, wider = closing_changes(unread, CIFAR)
     assert fewer.filters < 12 and fewer.stride == 2 and fewer.deficit < -189
     assert wider.filters == 12 and wider.stride > 2
-
-
-def test_rows_of_a_table():
-    rows = table(reference("cnn3_c1"), CIFAR)
-    assert [row["term"] for row in rows] == [0, -2266]
-    assert rows[1]["model"] == "cnn3_c1" and rows[1]["index"] == -2266 and not rows[0]["exact"]
-    assert {row["mode"] for row in rows} == {"closed"}
-    (row,) = table(single(3, 3, 1), (8, 8, 3), mode="numeric")
-    assert row["mode"] == "numeric"
 
 
 @pytest.mark.parametrize(

@@ -99,4 +99,7 @@ def test_the_limit_of_the_constant_is_the_trace_of_an_inverse(residuals):
 
 
 def test_a_linear_network_determines_one_combination_only():
-    assert lower_constant("identity", jnp.array([2.0, 4.0])) > 1e2
+    for size in range(2, 9):
+        assert lower_constant("identity", jnp.linspace(2.0, 4.0, size)) > 1e2
+    # One sample alone is that combination; whole numbers are residuals, too.
+    np.testing.assert_allclose(lower_constant("identity", jnp.array([-2])), 0.5, rtol=1e-5)

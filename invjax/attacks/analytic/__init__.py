@@ -9,9 +9,9 @@ from invjax.attacks.analytic import tensor as tensor
 from invjax.attacks.analytic.bias_trick import bias_trick as bias_trick
 from invjax.attacks.analytic.bias_trick import first_dense as first_dense
 from invjax.attacks.analytic.exclusivity import exclusivity as exclusivity
+from invjax.attacks.analytic.feature_inversion import invert_features as invert_features
 from invjax.attacks.analytic.features import head_model as head_model
 from invjax.attacks.analytic.features import head_observation as head_observation
-from invjax.attacks.analytic.features import invert_features as invert_features
 from invjax.attacks.analytic.features import through_features as through_features
 from invjax.attacks.analytic.layerwise import layerwise as layerwise
 from invjax.attacks.analytic.row_scan import row_scan as row_scan

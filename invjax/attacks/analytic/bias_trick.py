@@ -1,5 +1,6 @@
 """One sample from the gradient of a first dense layer with a bias: a quotient."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -18,7 +19,8 @@ def bias_trick(model: Model | None = None, *, first: First | None = None) -> Att
     With `y = x W + b` the gradients are `dL/dW = x^T dL/dy` and `dL/db = dL/dy`, so the input is
     column `i` of the former over entry `i` of the latter, whatever comes behind: dropout, or the
     noise of a variational bottleneck (Balunovic et al. 2022 on PRECODE). The unit with the largest
-    bias gradient is taken. Several steps of local training on the one sample change nothing.
+    bias gradient is taken. Several local steps of SGD on the one sample change nothing; an optimizer
+    that rescales each entry (Adam) leaves no quotient to read.
 
     Args:
       model: the client's model. It is used to check the observation, to find the layer where
@@ -27,15 +29,16 @@ def bias_trick(model: Model | None = None, *, first: First | None = None) -> Att
         `first_dense(model, tree)` by default.
 
     Returns:
-      The attack; a closed form. Labels are those granted, else recovered if there is a model, else
-      -1. `found` is false where no unit has a finite gradient other than zero; the input is then
-      zero. The objective is the share of the weight gradient's norm that the input leaves
-      unexplained: zero up to rounding for one sample without a defence. `diagnostics` holds `unit`.
+      The attack; a closed form. Inputs are `[1, *input_shape]`, in the data's units. Labels are those
+      granted, else recovered if there is a model, else -1. `found` is false where no unit has a
+      finite gradient other than zero; the input is then zero. It certifies nothing more: that is
+      for the objective, the share of the weight gradient's norm that the input leaves unexplained,
+      zero up to rounding for one sample without a defence. `diagnostics` holds `unit`.
 
     Raises:
       ValueError: neither a model nor `first`, a model without a layer view and no `first`; and at
-        its use, an observation of not exactly one sample (a larger batch gives a mixture), no
-        dense layer with a bias at the input, shapes that do not fit.
+        its use, an observation without a gradient or of not exactly one sample (a larger batch
+        gives a mixture), no dense layer with a bias at the input, shapes that do not fit.
 
     Example:
       >>> import jax, invjax
@@ -48,16 +51,14 @@ def bias_trick(model: Model | None = None, *, first: First | None = None) -> Att
       >>> bool(abs(found.inputs - batch.inputs).max() < 1e-5)
       True
     """
-    if model is None and first is None:
+    if first is not None:
+        find = first
+    elif model is None:
         raise ValueError("Give bias_trick a model or first=, to find the first layer with.")
-    if first is None and model is not None and model.layers is None:
+    elif model.layers is None:
         raise ValueError(f"The model {model.name} has no layer view: give first=.")
-
-    def find(tree: PyTree) -> tuple[Array, Array]:
-        if first is not None:
-            return first(tree)
-        assert model is not None
-        return first_dense(model, tree)
+    else:
+        find = functools.partial(first_dense, model)
 
     def check(observation: Observation) -> None:
         if model is not None:
@@ -117,7 +118,7 @@ def first_dense(model: Model, tree: PyTree) -> tuple[Array, Array]:
       Weight `[in, out]` and bias `[out]`.
 
     Raises:
-      ValueError: no layer view, another layer comes first, or the layer has no bias.
+      ValueError: no layer view, another layer comes first, the layer has no bias, or there is none.
     """
     if model.layers is None:
         raise ValueError(f"The model {model.name} has no layer view.")

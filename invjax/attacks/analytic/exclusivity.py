@@ -20,9 +20,9 @@ from invjax.attacks.analytic.exclusivity_steps import (
     solve_inputs,
     support_patterns,
 )
+from invjax.attacks.analytic.feature_inversion import is_flattening
 from invjax.base import Array, Attack, Layer, Model, Observation, Reconstruction, closed_form
-from invjax.defenses.checks import check as check_number
-from invjax.defenses.checks import choose
+from invjax.checks import check_choice, check_count, check_number
 from invjax.models.layers import Layers, backpropagate, preactivations, split_at_head
 from invjax.observe import check_observation, per_step_gradient
 
@@ -60,11 +60,12 @@ def exclusivity(
     6. Certificates: the loss vectors sum to the last bias gradient (else a sample is missing); the
        input reproduces its own loss vector; `(1 - p_y) / scale` is the batch size.
 
-    Only the algorithm for labels and loss vectors is known as published; the exact scales, the
-    finish and the certificates are worked out here. As published the scale is a guess of
-    `p_y = 1/3` and all inputs come from least squares; `scale="paper"` does that, and images are
-    then right up to a positive factor each. Rounding decides: exact in float64, and in float32 as
-    good as that. With `noise` given, certificates allow for it to first order.
+    Only the algorithm for labels and loss vectors (their B.1, steps 1 and 2) is known as published,
+    that for patterns (B.3, step 3) in substance; the exact scales, the finish and the certificates
+    are worked out here. As published the scale is a guess of `p_y = 1/3` and all inputs come from
+    least squares; `scale="paper"` does that, and images are then right up to a positive factor
+    each. Precision decides: exact in float64, and in float32 up to its rounding (squared errors
+    below 1e-10). With `noise` given, certificates allow for it to first order.
 
     Args:
       model: a chain that ends in dense layers with ReLU between them, at least one hidden. For one
@@ -84,29 +85,30 @@ def exclusivity(
         float32.
 
     Returns:
-      The attack; a closed form. The batch size is read where the observation does not grant it, and
-      granted labels are not needed. `found` is true for a sample that meets its own certificates;
-      for `paper`, whose scale breaks them, where the gradient equation of step 5 holds, which says
-      that images are right up to a factor. An empty slot is zero. The objective is the relative
-      residual of the gradient equation. `diagnostics`: `groups` (samples seen), `batch_size` (read
-      off the certificates; 0 where none holds), `complete` (no sample is missing), `missing` (norm
-      of what the samples found leave of the last bias gradient, or weight gradient), `ratio`
-      (`[S]`, should be the batch size), `mismatch` (`[S]`, relative error of the loss vectors),
-      `loss_vectors` (`[S, K]`).
+      The attack; a closed form. Inputs are `[S, *input_shape]` (features `[S, d_0]` behind a front),
+      strongest signals first, with S the batch size or `max_samples`. The batch size is read where
+      the observation does not grant it; granted labels are not read. `found` is true for a sample
+      that meets its own certificates; for `paper`, whose scale breaks them, where the gradient
+      equation of step 5 holds, which says that images are right up to a factor. An empty slot is
+      zero. The objective is the relative residual of the gradient equation. `diagnostics`: `groups`
+      (samples seen), `batch_size` (read off the certificates; 0 where none holds), `complete` (no
+      sample is missing), `missing` (norm of what the samples found leave of the last bias gradient,
+      or weight gradient), `ratio` (`[S]`, should be the batch size), `mismatch` (`[S]`, relative
+      error of the loss vectors), `loss_vectors` (`[S, K]`).
 
     Raises:
-      ValueError: an unknown choice, a tolerance or noise out of range, no such network, biases that
-        do not go with `scale`, `final` or `head_pattern`; and at its use, two classes (all rows are
-        parallel then), several local steps, too many samples for `last_bias` or `binary`.
+      ValueError: an unknown choice, a number out of range; and at its use, no such network, biases
+        that do not go with `scale`, `final` or `head_pattern`, two classes (all rows are parallel
+        then), several local steps, too many samples for `last_bias` or `binary`.
     """
-    choose("scale", scale, get_args(Scale))
+    check_choice("scale", scale, get_args(Scale))
     if final is not None:
-        choose("final", final, get_args(Final))
-    choose("head_pattern", head_pattern, get_args(HeadPattern))
+        check_choice("final", final, get_args(Final))
+    check_choice("head_pattern", head_pattern, get_args(HeadPattern))
     check_number("noise", noise, 0.0)
     if tolerance is not None:
         check_number("tolerance", tolerance, 0.0, 1.0, open_low=True)
-    check_number("max_samples", max_samples, 1)
+    check_count("max_samples", max_samples, 1)
 
     def check(observation: Observation) -> None:
         check_observation(model, observation)
@@ -147,8 +149,7 @@ def exclusivity(
                 head_pattern,
                 _tolerances(gradient, noise, tolerance),
             )
-        plain = all(layer.kind == "flatten" for layer in front)
-        shape = observation.facts.input_shape if plain else found.inputs.shape[1:]
+        shape = observation.facts.input_shape if is_flattening(front) else found.inputs.shape[1:]
         return found._replace(inputs=found.inputs.reshape(slots, *shape))
 
     return closed_form(init, check)

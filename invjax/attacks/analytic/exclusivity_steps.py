@@ -1,4 +1,4 @@
-"""The steps of the exclusivity attack, every sample in a slot of its own, shapes fixed.
+"""The steps of `exclusivity`, by its numbers: every sample in a slot of its own, shapes fixed.
 
 Weights are `[in, out]`: row `j` of the last layer's gradient is `sum_m a_j^m g^m / M`, one multiple of
 a sample's loss vector where the hidden unit `j` is active on that sample only.
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from invjax.base import Array
-from invjax.defenses.checks import equals
+from invjax.checks import equals
 from invjax.models.layers import Layers, backpropagate, preactivations
 
 
@@ -121,7 +121,7 @@ def squared_distances(rows: Array) -> Array:
 def support_patterns(
     weights: list[Array], groups: Groups, tolerances: Tolerances
 ) -> tuple[list[Array], Array]:
-    """Step 4: hidden activation patterns from the top down, off columns of a single sample.
+    """Step 3: hidden activation patterns from the top down, off columns of a single sample.
 
     Args:
       weights: gradients of the weights between hidden layers, `[d_l, d_{l+1}]` for l = 1..H-1.
@@ -144,7 +144,7 @@ def support_patterns(
 
 
 def read_rows(weight: Array, bias: Array, exclusive: Array) -> Read:
-    """Step 5 with a bias: the quotient at the exclusive unit with the largest bias gradient.
+    """Step 4 with a bias: the quotient at the exclusive unit with the largest bias gradient.
 
     Args:
       weight: `[d_0, d_1]`, gradient of the first weight.
@@ -163,7 +163,7 @@ def read_rows(weight: Array, bias: Array, exclusive: Array) -> Read:
 
 
 def read_directions(head: Layers, weight: Array, groups: Groups, exclusive: Array) -> Read:
-    """Step 5 without any bias: an exclusive column gives the direction, and the logits the length.
+    """Step 4 without any bias: an exclusive column gives the direction, and the logits the length.
 
     A network without biases is positively homogeneous, `f(s x) = s f(x)`, and the loss vector tells
     `f(x)` up to a constant: `s` is the slope of the direction's logits over `log u`.
@@ -200,7 +200,7 @@ def read_directions(head: Layers, weight: Array, groups: Groups, exclusive: Arra
 
 
 def enumerate_patterns(terms: Array, total: Array) -> Array:
-    """Step 6, the binary equation: which samples a hidden unit is active on, off its bias gradient.
+    """The binary equation: which samples a last hidden unit is active on, off its bias gradient.
 
     Args:
       terms: `[S, d_H]`, what a sample adds to the unit's bias gradient if it is active.
@@ -237,7 +237,7 @@ def first_signals(head: Layers, patterns: list[Array], signals: Array) -> Array:
 
 
 def solve_inputs(signals: Array, weight: Array) -> Array:
-    """Step 7: least squares for all inputs in `G_0 = X^T Delta`, the gradient equation.
+    """Step 5: least squares for all inputs in `G_0 = X^T Delta`, the gradient equation.
 
     Args:
       signals: `[S, d_1]`, the first layer's signal of every sample; zero in an empty slot.
@@ -254,7 +254,7 @@ def solve_inputs(signals: Array, weight: Array) -> Array:
 
 
 def certify(head: Layers, inputs: Array, groups: Groups) -> tuple[Array, Array]:
-    """Step 8: whether an input has the loss vector that it was read with.
+    """Step 6: whether an input has the loss vector that it was read with.
 
     Args:
       head: the dense layers, of parameters.

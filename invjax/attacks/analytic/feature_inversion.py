@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from invjax.base import Array, Bound, Layer
-from invjax.defenses.checks import check as check_number
+from invjax.checks import check_count, check_number
 from invjax.models.layers import Layers, apply_layers
 
 _LINEAR = ("conv", "average_pool", "global_average_pool", "flatten")
@@ -53,20 +53,29 @@ def invert_features(
       front: what comes before the dense head, of parameters (`split_at_head`).
       features: `[S, d_0]`.
       input_shape: shape of one input.
-      input_range: lowest and highest value of an input; the box.
+      input_range: lowest and highest value of an input; the box of a search, and not used without.
       restarts: starts of a search.
       num_steps: its steps.
-      total_variation: weight of the squared total variation in its first half; later it would bias.
+      total_variation: weight of the squared total variation, of images only, in the first half of
+        these; later it would bias.
 
     Returns:
       The inputs, with what is known of them.
 
     Raises:
-      ValueError: a setting out of range, or an infinite range where a search is needed.
+      ValueError: a setting out of range, features of another shape than the front computes, or an
+        infinite range where a search is needed.
     """
     check_search(restarts, num_steps, total_variation)
+    probe = jax.ShapeDtypeStruct((1, *input_shape), features.dtype)
+    size = jax.eval_shape(lambda inputs: apply_layers(front, inputs), probe).size
+    if features.shape[1:] != (size,):
+        raise ValueError(
+            f"features must be [S, {size}], which the front makes of inputs of shape {input_shape}, "
+            f"got shape {features.shape}."
+        )
     with jax.default_matmul_precision("highest"):
-        if all(layer.kind == "flatten" for layer in front):
+        if is_flattening(front):
             inputs = features.reshape(-1, *input_shape)
             return Inverted(
                 inputs, jnp.zeros(len(inputs), inputs.dtype), jnp.ones(len(inputs), bool)
@@ -74,7 +83,7 @@ def invert_features(
         if is_linear(front):
             inputs, determined = _solve(front, features, input_shape)
             return Inverted(inputs, _residual(front, inputs, features), determined)
-        check_range(input_range)
+        check_finite_range(input_range)
         low, high = (
             jnp.broadcast_to(jnp.asarray(bound, features.dtype), input_shape).ravel()
             for bound in input_range
@@ -92,9 +101,14 @@ def invert_features(
         )
 
 
+def is_flattening(front: Layers) -> bool:
+    """Whether a front leaves the numbers of an input as they are, so that features are inputs."""
+    return all(layer.kind == "flatten" and layer.activation == "identity" for layer in front)
+
+
 def is_linear(front: Layers) -> bool:
     """Whether a front is linear up to a last ReLU, so that its features are linear equations."""
-    *before, last = [layer for layer in front if layer.kind != "flatten"] or [Layer("flatten")]
+    *before, last = [layer for layer in front if not is_flattening((layer,))] or [Layer("flatten")]
     shapes = all(layer.kind in _LINEAR for layer in front)
     plain = all(layer.activation == "identity" for layer in before)
     return shapes and plain and last.activation in ("relu", "identity")
@@ -219,12 +233,12 @@ def _residual(front: Layers, inputs: Array, features: Array) -> Array:
 
 def check_search(restarts: Any, num_steps: Any, total_variation: Any) -> None:
     """Refuse settings of a search that are out of range."""
-    check_number("restarts", restarts, 1)
-    check_number("num_steps", num_steps, 1)
+    check_count("restarts", restarts, 1)
+    check_count("num_steps", num_steps, 1)
     check_number("total_variation", total_variation, 0.0)
 
 
-def check_range(input_range: tuple[Bound, Bound]) -> None:
+def check_finite_range(input_range: tuple[Bound, Bound]) -> None:
     """Refuse an infinite input range, in which no start can be drawn."""
     bounds = [*np.ravel(input_range[0]), *np.ravel(input_range[1])]
     if not np.isfinite(bounds).all():

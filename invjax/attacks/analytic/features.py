@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from invjax.attacks.analytic.feature_inversion import (
-    check_range,
+    check_finite_range,
     check_search,
     invert_features,
+    is_flattening,
     is_linear,
 )
 from invjax.base import (
@@ -25,23 +26,22 @@ from invjax.base import (
     Reconstruction,
     closed_form,
 )
-from invjax.defenses.checks import check as check_number
+from invjax.checks import check_number
 from invjax.models.layers import Layers, apply_layers, preactivations, split_at_head
 from invjax.models.losses import cross_entropy
 from invjax.observe import check_observation
-
-__all__ = ["head_model", "head_observation", "invert_features", "through_features"]
 
 
 def head_model(model: Model) -> Model:
     """The dense head of a model, as a model of the features.
 
     Args:
-      model: a chain that ends in dense layers with ReLU between them.
+      model: a chain that ends in dense layers with ReLU between them; that it does is checked by
+        `head_observation`.
 
     Returns:
-      A model on inputs `[B, d_0]`. Its parameters are one `(weight, bias)` a layer, as
-      `head_observation` gives them; it has no `init` of its own.
+      A model on inputs `[B, d_0]` with the cross-entropy as its loss. Its parameters are one
+      `(weight, bias)` a layer, as `head_observation` gives them; its `init` raises `ValueError`.
     """
 
     def layers(tree: PyTree) -> Layers:
@@ -73,9 +73,10 @@ def head_observation(model: Model, observation: Observation) -> Observation:
       observation: of that model.
 
     Returns:
-      The observation: the head's part of parameters and gradient, features in place of auxiliary
-      inputs, and the range that the front's last activation leaves. The defence's public
-      randomness, which speaks of the whole model, is left out.
+      The observation: the head's part of parameters and gradient, features `[A, d_0]` in place of
+      auxiliary inputs, and the range that the last convolution's activation leaves: from 0 behind a
+      ReLU, else unbounded. The defence's public randomness, which speaks of the whole model, is
+      left out.
 
     Raises:
       ValueError: no such model.
@@ -90,7 +91,7 @@ def head_observation(model: Model, observation: Observation) -> Observation:
     assert head[0].weight is not None
     rectified = [layer.activation for layer in front if layer.kind == "conv"][-1:] == ["relu"]
     facts = observation.facts
-    if not all(layer.kind == "flatten" for layer in front):
+    if not is_flattening(front):
         low = 0.0 if rectified else -math.inf
         facts = dataclasses.replace(facts, input_range=(low, math.inf))
     auxiliary = observation.auxiliary
@@ -130,13 +131,15 @@ def through_features(
       restarts: of the search for pixels, where the front is not one convolution.
       num_steps: of that search.
       total_variation: weight of the squared total variation in the search's first half.
-      tolerance: relative error of features that pass as equal; 1e-6 in float64, 1e-3 in float32.
+      tolerance: relative error of features that pass as equal; by default 1e-6 in float64 and 1e-3
+        in float32.
 
     Returns:
-      The attack; a closed form to the driver. `found` is true where the head's attack found the
-      features, the pixels have these features, and no pixels nearby have them too. The objective is
-      the larger of the head's and the largest relative error of features. `diagnostics`: `head`
-      (that attack's), `features` `[S, d_0]`, `residual` and `determined` (`[S]`, of `Inverted`).
+      The attack; a closed form to the driver. Inputs are `[S, *input_shape]`, S as the head's attack
+      has it. `found` is true where that found the features, the pixels have these features, and no
+      pixels nearby have them too. The objective is the larger of the head's and, among what that
+      found, the largest relative error of features. `diagnostics`: `head` (that attack's),
+      `features` `[S, d_0]`, `residual` and `determined` (`[S]`, of `Inverted`).
 
     Raises:
       ValueError: a setting out of range; and at its use, no such model, an infinite input range
@@ -151,7 +154,7 @@ def through_features(
         check_observation(model, observation)
         front, _ = split_at_head(model, observation.params)
         if not is_linear(front):
-            check_range(observation.facts.input_range)
+            check_finite_range(observation.facts.input_range)
         if attack.check is not None:
             attack.check(head_observation(model, observation))
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from invjax.attacks.analytic.checks import check_one_step
 from invjax.base import Array, Attack, Model, Observation, Reconstruction, closed_form
+from invjax.checks import check_count, check_number
 from invjax.models.layers import Layers, backpropagate, dense_layers, loss_vectors, preactivations
 from invjax.observe import check_observation, per_step_gradient
 
@@ -46,7 +47,7 @@ def row_scan(
     label, must give the unit's bias gradient. That is a certificate of the input and of its label.
     What is certified is subtracted from the gradient, which may free other units, and so on
     (Shariati and Alambardar Meybodi, *Cascading Gradient Inversion via LT-Code Inspired Peeling*).
-    Any depth, any number of classes; only the gradient of the first layer is read.
+    Any depth, two classes or more; only the gradient of the first layer is read.
 
     The cascade is all or nothing: where no unit belongs to one sample alone it stops. Noise on the
     gradient beyond the tolerance ends it at once, and so does any other defence that changes values.
@@ -61,19 +62,20 @@ def row_scan(
         precision and 1e-5 for single.
 
     Returns:
-      The attack, a closed form; it computes in the observation's precision. `found` is true where a
-      slot holds a certified sample. The objective is the norm of the first layer's gradient that
-      stays unexplained, relative to the whole: zero up to rounding if no sample is missing.
-      `diagnostics`: `batch_size` as known or inferred (0 if no unit has one), `rounds`.
+      The attack, a closed form; it computes in the observation's precision. Inputs are
+      `[S, *input_shape]` with S the batch size or `max_samples`; an empty slot is zero, with the
+      label 0. Granted labels are not read. `found` is true where a slot holds a certified sample, in
+      single precision under the condition above. The objective is the norm of the first layer's
+      weight gradient that stays unexplained, relative to the whole: zero up to rounding if no sample
+      is missing. `diagnostics`: `batch_size` as known or inferred (0 if no unit has one), `rounds`.
 
     Raises:
-      ValueError: `max_samples` below 1, a tolerance that is not positive; and at its use, a model of
-        another kind or without the bias, an observation of several local steps.
+      ValueError: a number out of range; and at its use, a model of another kind or without the bias,
+        an observation of several local steps.
     """
-    if max_samples < 1:
-        raise ValueError(f"max_samples must be at least 1, got {max_samples}.")
-    if tolerance is not None and not tolerance > 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}.")
+    check_count("max_samples", max_samples, 1)
+    if tolerance is not None:
+        check_number("tolerance", tolerance, 0.0, 1.0, open_low=True)
 
     def check(observation: Observation) -> None:
         check_observation(model, observation)
@@ -216,7 +218,7 @@ def scan_rows(
 def twins(inputs: Array, certified: Array) -> Array:
     """Which candidates are the same sample, `[d_1, d_1]`.
 
-    They are where a few random projections agree to a thousandth of their spread.
+    Those of which a few random projections agree, to a thousandth of the largest.
     """
     directions = np.random.default_rng(0).normal(size=(inputs.shape[1], 16))
     shadow = inputs @ jnp.asarray(directions, inputs.dtype)

@@ -19,7 +19,7 @@ from invjax.attacks.analytic.spear_steps import (
     unmixed,
 )
 from invjax.base import Array, Attack, Model, Observation, Reconstruction
-from invjax.defenses.checks import check as check_number
+from invjax.checks import check_count, check_number
 from invjax.models.layers import backpropagate, dense_layers, loss_vectors, preactivations
 from invjax.observe import check_observation
 
@@ -64,47 +64,52 @@ def spear(
         gradients of double precision and 1e-5 for single.
 
     Returns:
-      The attack. It computes in the observation's precision and ends when all is certified. `found`
-      is true where a sample's signs are as certified and its input, with one of the labels,
-      reproduces its column of the derivative; that label is returned, granted ones are not read.
-      The objective is the share of entries that disagree, one minus the paper's score.
+      The attack. It computes in the observation's precision and ends when all is certified. Inputs
+      are `[M, *input_shape]`. `found` is true where a sample's signs are as certified and its input,
+      with one of the labels, reproduces its column of the derivative; that label is returned, granted
+      ones are not read. The objective is the share of entries that disagree, one minus the paper's
+      score.
       `diagnostics`: `draws` so far; `candidates`, the directions kept.
 
     Raises:
-      ValueError: a number out of range; and at its use, a model of another kind, no batch size or two
-        different ones, more samples than units or inputs, several local steps.
+      ValueError: a number out of range; and at its use, a model of another kind, without a hidden
+        layer or without the bias, no batch size or two different ones, more samples than units or
+        inputs, several local steps.
     """
-    for name, value in (("batch_size", batch_size), ("num_steps", num_steps), ("draws", draws)):
-        if value is not None:
-            check_number(name, value, 1)
+    if batch_size is not None:
+        check_count("batch_size", batch_size, 1)
+    check_count("num_steps", num_steps, 1)
+    check_count("draws", draws, 1)
     check_number("sparsity", sparsity, 0.0, 1.0, open_low=True, open_high=True)
     if tolerance is not None:
         check_number("tolerance", tolerance, 0.0, 1.0, open_low=True)
 
     def size_of(observation: Observation) -> int:
         known = observation.facts.batch_size
-        if known is None and batch_size is None:
+        size = batch_size if known is None else known
+        if size is None:
             raise ValueError(
                 "The observation does not tell its batch size: give spear batch_size=, for instance "
                 "by batch_size_by_rank."
             )
-        if None not in (known, batch_size) and known != batch_size:
+        if batch_size not in (None, size):
             raise ValueError(f"The observation's batch_size is {known}, spear's is {batch_size}.")
-        return known or batch_size  # pyrefly: ignore
+        return size
 
     def check(observation: Observation) -> None:
         check_observation(model, observation)
         check_one_step(observation, "spear")
-        layers = dense_layers(model, observation.params)
-        if layers[0].bias is None:
+        first, *others = dense_layers(model, observation.params)
+        assert first.weight is not None
+        if first.bias is None:
             raise ValueError(f"spear needs a bias in the first layer of {model.name}.")
-        if len(layers) < 2:
+        if not others:
             raise ValueError(f"spear needs a hidden layer with ReLU, {model.name} has none.")
         samples = size_of(observation)
-        if samples > min(layers[0].weight.shape):  # pyrefly: ignore
+        if samples > min(first.weight.shape):
             raise ValueError(
                 f"spear reads at most as many samples as the first layer has inputs and units, "
-                f"{layers[0].weight.shape}; got a batch of {samples}."  # pyrefly: ignore
+                f"{first.weight.shape}; got a batch of {samples}."
             )
 
     def allowed(problem: Problem) -> float:
@@ -177,9 +182,13 @@ def batch_size_by_rank(
       The rank: the batch size unless samples are dependent or saturated, or the gradient rounded.
 
     Raises:
-      ValueError: a model of another kind, no gradient.
+      ValueError: a tolerance out of range, a model of another kind, no gradient, several local steps:
+        samples are then counted once a step.
     """
+    if tolerance is not None:
+        check_number("tolerance", tolerance, 0.0, 1.0, open_high=True)
     check_observation(model, observation)
+    check_one_step(observation, "batch_size_by_rank")
     weight = np.asarray(dense_layers(model, observation.gradient)[0].weight)
     return int(np.linalg.matrix_rank(weight, rtol=tolerance))
 

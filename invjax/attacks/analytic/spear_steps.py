@@ -10,7 +10,7 @@ from invjax.base import Array, Model, Observation
 from invjax.models.layers import dense_layers
 from invjax.observe import per_step_gradient
 
-_TEST_UNITS = 32
+_TEST_UNITS = 32  # Their zeros fit one word of bits.
 _KEPT = 256
 
 
@@ -81,26 +81,32 @@ def factorize(model: Model, observation: Observation, samples: int) -> Problem:
     )
 
 
-def number_of_blocks(units: int, samples: int, draws: int) -> int:
-    """How many matrices a step inverts: whole permutations of the units, cut into blocks."""
-    each = max((units - tested_units(units)) // samples, 1)
-    return -(-draws // each) * each
-
-
 def tested_units(units: int) -> int:
     """How many units a step keeps for the first test."""
     return min(_TEST_UNITS, units // 4)
 
 
+def blocks_of_permutation(units: int, samples: int) -> int:
+    """How many blocks of M units one permutation of the others is cut into."""
+    return max((units - tested_units(units)) // samples, 1)
+
+
+def number_of_blocks(units: int, samples: int, draws: int) -> int:
+    """How many matrices a step inverts: those of whole permutations, `draws` or a few more."""
+    each = blocks_of_permutation(units, samples)
+    return -(-draws // each) * each
+
+
 def draw(
     key: Array, problem: Problem, old: Array, draws: int, sparsity: float, zero: float
 ) -> Array:
-    """`[64, M]` vectors that are orthogonal to M - 1 random rows of `left` and to a few more.
+    """`[N, M]` vectors that are orthogonal to M - 1 random rows of `left` and to a few more.
 
-    The units that a vector is tested on are kept out of the draw, so their zeros are evidence.
+    N is 256, or fewer where fewer are drawn; a vector of zeros is none. The units that a vector is
+    tested on are kept out of the draw, so their zeros are evidence.
     """
     units, samples = problem.left.shape
-    tested, each = tested_units(units), max((units - tested_units(units)) // samples, 1)
+    tested, each = tested_units(units), blocks_of_permutation(units, samples)
     count = number_of_blocks(units, samples, draws)
     test_key, block_key = jax.random.split(key)
     rows = problem.left / jnp.where(problem.active, problem.size, 1.0)[:, None]
@@ -126,9 +132,9 @@ def draw(
     passed = usable & ~known & ((zeros >= sparsity * tested) | (samples == 1))
     # The best of every group, for a sort of all would cost more than all else.
     groups = min(_KEPT, passed.size)
-    each = passed.size // groups
-    scores = jnp.where(passed, zeros, -1)[: groups * each].reshape(groups, each)
-    at = jnp.arange(groups) * each + scores.argmax(axis=1)
+    width = passed.size // groups
+    scores = jnp.where(passed, zeros, -1)[: groups * width].reshape(groups, width)
+    at = jnp.arange(groups) * width + scores.argmax(axis=1)
     return jnp.where(passed[at][:, None], vectors[at], 0.0)
 
 

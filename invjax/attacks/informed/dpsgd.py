@@ -12,6 +12,7 @@ from invjax import gradients
 from invjax.attacks.informed.dpsgd_release import (
     Release,
     Run,
+    check_run,
     clipped_gradients,
     residuals,
     steps_per_epoch,
@@ -19,7 +20,7 @@ from invjax.attacks.informed.dpsgd_release import (
 from invjax.attacks.matching.loop import gradient_matching, uniform_box
 from invjax.attacks.matching.objectives import Objective
 from invjax.base import Array, Batch, Facts, Model, Observation, PyTree, Reconstruction
-from invjax.defenses.checks import check, choose
+from invjax.checks import check_choice, check_number
 from invjax.observe import check_batch
 
 Score = Literal["dot", "likelihood_ratio", "hidden", "epoch_max"]
@@ -76,21 +77,9 @@ def prior_aware(
       ValueError: a setting out of range, a likelihood without noise, `hidden` on a release that
         reveals the target's steps, candidates unlike the known records, or a run or known records
         that are not the release's (their number is known where it holds `known_members`).
-      TypeError: candidates that are not floats.
+      TypeError: inputs that are not floats, labels that are not integers.
     """
-    choose("score", score, get_args(Score))
-    check_batch(model, candidates)
-    if candidates.inputs.shape[1:] != known.inputs.shape[1:]:
-        raise ValueError(
-            "candidates must have the known records' shape "
-            f"{known.inputs.shape[1:]}, got {candidates.inputs.shape[1:]}."
-        )
-    if score in ("likelihood_ratio", "hidden"):
-        check("noise_multiplier", run.noise_multiplier, 0.0, open_low=True)
-    if score == "hidden" and released.included is not None:
-        raise ValueError(
-            "The release reveals the target's steps; score='likelihood_ratio' uses them."
-        )
+    _check_score(run, score, released.included)
     found = products(
         model,
         released,
@@ -151,9 +140,17 @@ def products(
       The products.
 
     Raises:
-      ValueError: a setting out of range, or a run or known records that are not the release's.
+      ValueError: a setting out of range, candidates unlike the known records, or a run or known
+        records that are not the release's.
+      TypeError: inputs that are not floats, labels that are not integers.
     """
-    _check_release(released, known, run)
+    check_batch(model, candidates)
+    if candidates.inputs.shape[1:] != known.inputs.shape[1:]:
+        raise ValueError(
+            "candidates must have the known records' shape "
+            f"{known.inputs.shape[1:]}, got {candidates.inputs.shape[1:]}."
+        )
+    _check_release(model, released, known, run)
     left = residuals(
         model,
         released,
@@ -189,10 +186,11 @@ def scores(found: Products, run: Run, score: Score) -> Array:
       `[m]`, larger is likelier.
 
     Raises:
-      ValueError: an unknown score.
+      ValueError: as `prior_aware`.
     """
-    choose("score", score, get_args(Score))
     inner, squared, included = found
+    _check_score(run, score, included)
+    _check_steps(len(inner), run)
     if score == "dot":
         return inner.sum(axis=0)
     epoch = steps_per_epoch(run)
@@ -288,8 +286,9 @@ def invert(
     Raises:
       ValueError: a setting out of range, or a run or known records that are not the release's (their
         number is known where it holds `known_members`).
+      TypeError: inputs that are not floats, labels that are not integers.
     """
-    _check_release(released, known, run)
+    _check_release(model, released, known, run)
     goal = alignment() if objective is None else objective
     classes = max(model.num_classes, 2)
     left = residuals(model, released, known, run)
@@ -346,11 +345,27 @@ def invert(
     )
 
 
-def _check_release(released: Release, known: Batch, run: Run) -> None:
-    """Refuse a run and known records that are not those of a release, as far as its shapes tell."""
-    steps = jax.tree.leaves(released.params)[0].shape[0]
+def _check_score(run: Run, score: Score, included: Array | None) -> None:
+    """Refuse a score that a run, or what is known of the target's steps, does not have."""
+    check_choice("score", score, get_args(Score))
+    check_run(run)
+    if score in ("likelihood_ratio", "hidden"):
+        check_number("noise_multiplier", run.noise_multiplier, 0.0, open_low=True)
+    if score == "hidden" and included is not None:
+        raise ValueError(
+            "The release reveals the target's steps; score='likelihood_ratio' uses them."
+        )
+
+
+def _check_steps(steps: int, run: Run) -> None:
     if run.num_steps != steps:
         raise ValueError(f"run.num_steps must be the release's {steps} steps, got {run.num_steps}.")
+
+
+def _check_release(model: Model, released: Release, known: Batch, run: Run) -> None:
+    """Refuse a run and known records that are not those of a release, as far as its shapes tell."""
+    check_batch(model, known)
+    _check_steps(jax.tree.leaves(released.params)[0].shape[0], run)
     if released.known_members is None:
         return
     count = released.known_members.shape[1]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from invjax.defenses.checks import check
+from invjax.checks import check_number
 
 
 class Predicted(NamedTuple):
@@ -42,9 +42,9 @@ def noise_std(norm: float, noise_multiplier: float, num_steps: float = 1.0) -> f
     Raises:
       ValueError: a number out of range.
     """
-    check("norm", norm, 0.0)
-    check("noise_multiplier", noise_multiplier, 0.0)
-    check("num_steps", num_steps, 0.0, open_low=True)
+    check_number("norm", norm, 0.0)
+    check_number("noise_multiplier", noise_multiplier, 0.0)
+    check_number("num_steps", num_steps, 0.0, open_low=True)
     return float(norm * noise_multiplier / np.sqrt(num_steps))
 
 
@@ -62,9 +62,9 @@ def predict(std: float, variance: float, data_range: float = 1.0) -> Predicted:
     Raises:
       ValueError: a number out of range.
     """
-    check("std", std, 0.0, open_low=True)
-    check("variance", variance, 0.0, open_low=True)
-    check("data_range", data_range, 0.0, open_low=True)
+    check_number("std", std, 0.0, open_low=True)
+    check_number("variance", variance, 0.0, open_low=True)
+    check_number("data_range", data_range, 0.0, open_low=True)
     return Predicted(
         mse=float(std**2),
         psnr=float(20 * np.log10(data_range / std)),
@@ -86,7 +86,7 @@ def success_probability(error: float, dimension: int, std: float) -> float:
     Raises:
       ValueError: a number out of range.
     """
-    check("error", error, 0.0)
-    check("dimension", dimension, 1)
-    check("std", std, 0.0, open_low=True)
+    check_number("error", error, 0.0)
+    check_number("dimension", dimension, 1)
+    check_number("std", std, 0.0, open_low=True)
     return float(special.gammainc(dimension / 2, dimension * error / (2 * std**2)))

@@ -9,7 +9,7 @@ import optax
 
 from invjax import gradients
 from invjax.base import Array, Batch, Model, Params, PyTree
-from invjax.defenses.checks import check, choose
+from invjax.checks import check_choice, check_number
 from invjax.observe import check_batch
 
 Sampling = Literal["poisson", "shuffled"]
@@ -142,9 +142,16 @@ def residuals(
       A tree like the parameters with a leading axis of steps.
 
     Raises:
-      ValueError: a setting out of range.
+      ValueError: a setting out of range, or a sampling rate that is not the release's: 1 where it holds
+        `known_members`, below 1 where it holds none and they are to be deducted.
     """
     check_run(run)
+    sampled = released.known_members is not None
+    if sampled == (run.sampling_rate == 1) and (sampled or deduct_known):
+        raise ValueError(
+            "run.sampling_rate must be below 1 where the release has known_members and 1 where it "
+            f"has none, got {run.sampling_rate} {'with' if sampled else 'without'} them."
+        )
     size = batch_size(run, known.labels.shape[0] + 1)
 
     def step(seen):
@@ -229,12 +236,13 @@ def check_run(run: Run) -> None:
     Raises:
       ValueError: one of them is.
     """
-    check("num_steps", run.num_steps, 1)
-    check("learning_rate", run.learning_rate, 0.0)
-    check("clip_norm", run.clip_norm, 0.0, open_low=True)
-    check("noise_multiplier", run.noise_multiplier, 0.0)
-    check("sampling_rate", run.sampling_rate, 0.0, 1.0, open_low=True)
-    choose("sampling", run.sampling, get_args(Sampling))
+    check_number("num_steps", run.num_steps, 1)
+    check_number("learning_rate", run.learning_rate, 0.0)
+    check_number("clip_norm", run.clip_norm, 0.0, open_low=True, open_high=True)
+    check_number("noise_multiplier", run.noise_multiplier, 0.0, open_high=True)
+    # The steps of an epoch come of it, so it is a number on the host.
+    check_number("sampling_rate", float(run.sampling_rate), 0.0, 1.0, open_low=True)
+    check_choice("sampling", run.sampling, get_args(Sampling))
     epoch = steps_per_epoch(run)
     whole = math.isclose(epoch * run.sampling_rate, 1.0) and run.num_steps % epoch == 0
     if run.sampling == "shuffled" and not whole:

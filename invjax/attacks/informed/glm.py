@@ -13,11 +13,11 @@ seldom enough.
 import jax
 import jax.numpy as jnp
 
-from invjax.attacks.analytic.imprints.imprint import flat_range
 from invjax.attacks.informed.glm_model import (
     Family,
     Glm,
     check_glm,
+    check_records,
     columns,
     in_float64,
     mean,
@@ -29,7 +29,8 @@ from invjax.attacks.informed.glm_model import residual_gradient as residual_grad
 from invjax.attacks.informed.glm_roots import Candidates, Missing, candidates
 from invjax.attacks.informed.glm_sklearn import from_sklearn as from_sklearn
 from invjax.base import Array, Batch, Bound, Reconstruction
-from invjax.defenses.checks import check
+from invjax.checks import check_number
+from invjax.ranges import check_range, flat_bounds
 
 
 @in_float64
@@ -48,7 +49,7 @@ def reconstruct(
     solves `t (h(t) - y) = w . B`, which has at most two roots for every label: all are returned as
     candidates, and among those in the box the one is chosen whose norm is closest to `norm`, else to the
     median norm of the known records. To turn a record and its label around changes nothing that a logistic
-    model without an intercept releases: only the box tells these two apart.
+    model without an intercept releases: only the label or the box tells these two apart.
 
     In float64 where called on the host (and NumPy arrays then); in the given types under `jit` or `vmap`.
 
@@ -72,8 +73,9 @@ def reconstruct(
       `candidate_labels`, `valid` (there is such a root) and `feasible` (in the box, too).
 
     Raises:
-      ValueError: a model and records that do not fit, a number out of range, neither label nor norm where
-        one is needed, a softmax of two classes without an intercept.
+      ValueError: a model and records that do not fit or are not finite, a number or a box out of range, a
+        label that the family does not have, neither label nor norm where one is needed, a softmax of two
+        classes without an intercept.
 
     Example:
       >>> import numpy as np, invjax
@@ -86,7 +88,10 @@ def reconstruct(
       True
     """
     check_glm(glm, known)
-    _check(glm, label is not None, norm)
+    if label is not None:
+        target = Batch(known.inputs[:1], jnp.reshape(label, (1,)))
+        check_records(glm.family, target, jnp.shape(glm.weight)[-1])
+    _check(glm, label is not None, norm, input_range, tolerance)
     return _one(glm, known, label, norm, input_range, tolerance)
 
 
@@ -134,7 +139,7 @@ def reconstruct_all(
       ValueError: as `reconstruct`.
     """
     check_glm(glm, data, minimum=2)
-    _check(glm, grant_labels, None)
+    _check(glm, grant_labels, None, input_range, tolerance)
     return _all(
         glm, data, jnp.asarray(data.labels) if grant_labels else None, input_range, tolerance
     )
@@ -160,9 +165,12 @@ def _all(glm: Glm, data: Batch, labels, input_range, tolerance) -> Reconstructio
     return found._replace(diagnostics=found.diagnostics | {"predicted_error": predicted})
 
 
-def _check(glm: Glm, labelled: bool, norm: Array | float | None) -> None:
+def _check(glm: Glm, labelled: bool, norm: Array | float | None, input_range, tolerance) -> None:
+    check_number("tolerance", tolerance, 0.0)
+    if input_range is not None:
+        check_range(input_range)
     if norm is not None:
-        check("norm", norm, 0.0, open_low=True)
+        check_number("norm", norm, 0.0, open_low=True)
     if glm.intercept is not None:
         return
     if glm.family in ("linear", "poisson") and not labelled and norm is None:
@@ -181,7 +189,7 @@ def _box(input_range, shape: tuple[int, ...]) -> tuple[Array, Array] | None:
     """Flat bounds, with some room: what is wrong lies far outside."""
     if input_range is None:
         return None
-    low, high = flat_range(input_range, shape, float)
+    low, high = flat_bounds(input_range, shape, float)
     room = 1e-3 * (high - low)
     return low - room, high + room
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from invjax.base import Array, Batch
-from invjax.defenses.checks import check, choose
+from invjax.checks import check_choice, check_number
 
 Family = Literal["linear", "logistic", "softmax", "poisson"]
 
@@ -111,9 +111,9 @@ def _targets(family: Family, labels: Array, like: Array) -> Array:
 
 def check_glm(glm: Glm, batch: Batch, minimum: int = 1) -> None:
     """Refuse a model and records that do not fit each other."""
-    choose("family", glm.family, get_args(Family))
-    check("penalty", glm.penalty, 0.0)
-    check("intercept_penalty", glm.intercept_penalty, 0.0)
+    check_choice("family", glm.family, get_args(Family))
+    check_number("penalty", glm.penalty, 0.0)
+    check_number("intercept_penalty", glm.intercept_penalty, 0.0)
     width = 2 if glm.family == "softmax" else 1
     if jnp.ndim(glm.weight) != width:
         shape = "[d, K]" if width == 2 else "[d]"
@@ -130,32 +130,34 @@ def check_glm(glm: Glm, batch: Batch, minimum: int = 1) -> None:
             f"The records must have {jnp.shape(glm.weight)[0]} values each, as the weight has, got {size}."
         )
     classes = jnp.shape(glm.weight)[1] if glm.family == "softmax" else None
-    check_labels(glm.family, batch, classes, minimum)
+    check_records(glm.family, batch, classes, minimum)
 
 
-def check_labels(family: Family, batch: Batch, classes: int | None, minimum: int = 1) -> None:
-    """Refuse labels that the family does not have."""
+def check_records(family: Family, batch: Batch, classes: int | None, minimum: int = 1) -> None:
+    """Refuse inputs that are not finite, and labels that the family does not have."""
     number = len(batch.inputs)
     if number < minimum or jnp.shape(batch.labels) != (number,):
         raise ValueError(
             f"The batch must hold at least {minimum} records and a label each, got "
             f"{number} records and labels of shape {jnp.shape(batch.labels)}."
         )
-    if isinstance(batch.labels, jax.core.Tracer):
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in batch):
         return
+    if not np.isfinite(np.asarray(batch.inputs)).all():
+        raise ValueError("The batch's inputs must be finite, got NaN or infinity.")
     labels = np.asarray(batch.labels)
     allowed = {
         "linear": np.isfinite(labels),
         "logistic": (labels == 0) | (labels == 1),
         "softmax": (labels == np.round(labels)) & (labels >= 0) & (labels < (classes or np.inf)),
-        "poisson": labels >= 0,
+        "poisson": np.isfinite(labels) & (labels >= 0),
     }[family]
     if not allowed.all():
         wanted = {
             "linear": "finite numbers",
             "logistic": "0 or 1",
             "softmax": f"integers from 0 to {(classes or 0) - 1}",
-            "poisson": "numbers from 0 on",
+            "poisson": "finite numbers from 0 on",
         }[family]
         raise ValueError(
             f"labels of the family {family} must be {wanted}, got {labels[~allowed][0]}."
@@ -193,16 +195,16 @@ def fit(
       `residual_gradient`.
 
     Raises:
-      ValueError: an unknown family, a negative penalty, labels that the family does not have, `softmax`
-        without `num_classes`.
+      ValueError: an unknown family, a negative penalty, inputs that are not finite, labels that the
+        family does not have, `softmax` without `num_classes`.
     """
-    choose("family", family, get_args(Family))
-    check("penalty", penalty, 0.0)
-    check("intercept_penalty", intercept_penalty, 0.0)
-    check("max_steps", max_steps, 1)
+    check_choice("family", family, get_args(Family))
+    check_number("penalty", penalty, 0.0)
+    check_number("intercept_penalty", intercept_penalty, 0.0)
+    check_number("max_steps", max_steps, 1)
     if family == "softmax":
-        check("num_classes", num_classes, 2)
-    check_labels(family, batch, num_classes)
+        check_number("num_classes", num_classes, 2)
+    check_records(family, batch, num_classes)
     width = int(num_classes) if family == "softmax" and num_classes is not None else 1
     inputs = jnp.asarray(batch.inputs).reshape(len(batch.inputs), -1)
     if not jnp.issubdtype(inputs.dtype, jnp.floating):

@@ -83,6 +83,9 @@ def _of_norm(glm: Glm, missing: Missing) -> Candidates:
     error = jnp.abs(values - labels)
     # Where the label is known it tells the sign.
     valid = (error <= error.min() + 1e-6) & (size > 0)
+    if glm.family == "logistic" and missing.label is not None:
+        # Both explain the gradient, each by a label of its own.
+        valid &= labels == missing.label
     return Candidates(inputs, labels, residual[:, None], error, valid)
 
 

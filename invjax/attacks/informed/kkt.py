@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
+from scipy import optimize
 
 from invjax import gradients
 from invjax.attacks.matching.priors import input_bounds
 from invjax.base import Array, Attack, Batch, Model, Observation, Params, PyTree, Reconstruction
-from invjax.defenses.checks import check, choose
+from invjax.checks import check_choice, check_number
 from invjax.models.chain import activations
 from invjax.models.layers import apply_layer
 from invjax.models.losses import cross_entropy
@@ -55,15 +56,15 @@ def modified_relu(alpha: float) -> Callable[[Array], Array]:
     """ReLU whose derivative is `sigmoid(alpha z)`, so that it has a second one (Haim et al. 2022).
 
     Args:
-      alpha: how steep, positive; infinity would be ReLU's own derivative.
+      alpha: how steep, positive; the larger, the closer to ReLU's own derivative.
 
     Returns:
       The activation; its values are ReLU's.
 
     Raises:
-      ValueError: `alpha` is not positive.
+      ValueError: `alpha` is not positive and finite.
     """
-    check("alpha", alpha, 0.0, open_low=True)
+    check_number("alpha", alpha, 0.0, open_low=True, open_high=True)
 
     @jax.custom_jvp
     def activation(values):
@@ -175,7 +176,7 @@ def decay_multipliers(
     Raises:
       ValueError: `weight_decay` is not positive.
     """
-    check("weight_decay", weight_decay, 0.0, open_low=True)
+    check_number("weight_decay", weight_decay, 0.0, open_low=True)
     logits = model.apply(params, batch.inputs)
     of_offset = loss(lambda offset, inputs: logits + offset)
     return -jax.grad(of_offset)(jnp.zeros_like(logits), batch) / weight_decay
@@ -201,8 +202,6 @@ def fit_multipliers(
     Raises:
       ValueError: an unknown variant, or one that does not fit the model.
     """
-    from scipy import optimize
-
     _check_variant(model, variant)
     shape = (len(batch.labels),) + ((model.num_classes,) if variant == "decay" else ())
 
@@ -272,13 +271,13 @@ def kkt(
         weights that do not.
     """
     _check_variant(model, variant)
-    check("num_images", num_images, 1)
-    check("num_steps", num_steps, 1)
-    choose("optimizer", optimizer, ("sgd", "adam"))
+    check_number("num_images", num_images, 1)
+    check_number("num_steps", num_steps, 1)
+    check_choice("optimizer", optimizer, ("sgd", "adam"))
+    check_number("learning_rate", learning_rate, 0.0)
+    check_number("multiplier_rate", multiplier_rate, 0.0)
     rates = {"inputs": learning_rate, "multipliers": multiplier_rate}
-    for name, rate in rates.items():
-        check(f"the rate of {name}", rate, 0.0)
-    check("scale", scale, 0.0, open_low=True)
+    check_number("scale", scale, 0.0, open_low=True)
     apply = model.apply if alpha is None else smoothed(model, alpha)
     transform = optax.partition(
         {
@@ -360,7 +359,7 @@ def kkt(
 
 
 def _check_variant(model: Model, variant: str) -> None:
-    choose("variant", variant, get_args(Variant))
+    check_choice("variant", variant, get_args(Variant))
     one = model.num_classes == 1
     if (variant == "binary" and not one) or (variant == "multiclass" and one):
         needs = "a single logit" if variant == "binary" else "several logits"

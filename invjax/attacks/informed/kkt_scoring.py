@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from invjax import metrics
 from invjax.base import Array
-from invjax.defenses.checks import check
+from invjax.checks import check_number
 
 NEAR = 1.1
 """Candidates within this factor of the least distance are averaged, as published."""
@@ -73,7 +73,7 @@ def score(candidates: Array, training: Array, unseen: Array, mean: Array | float
             f"{shapes[0]}, {shapes[1]} and {shapes[2]}."
         )
     for size in shapes[0][1:3]:
-        check("the images' side", size, 4)
+        check_number("the images' side", size, 4)
     mean = jnp.broadcast_to(jnp.asarray(mean, candidates.dtype), shapes[0][1:])
     return Report(_match(candidates, training, mean), _match(candidates, unseen, mean))
 

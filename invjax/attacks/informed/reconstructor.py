@@ -13,7 +13,7 @@ import scipy.linalg
 from invjax import metrics
 from invjax.attacks.informed.decoders import Decoder, dense_decoder
 from invjax.base import Array, Params
-from invjax.defenses.checks import check
+from invjax.checks import check_number
 
 Reconstruct = Callable[[Params], Array]
 """`reconstruct(released) -> inputs [...]`, of one model's weights; `vmap` it over many."""
@@ -87,11 +87,11 @@ def ridge(
 
     Raises:
       ValueError: shadows and inputs of different numbers, a strength that is not positive, unknown
-        parts.
+        parts, a range whose lowest value is not below its highest.
     """
     if strength is not None:
-        check("strength", strength, 0.0, open_low=True)
-    scaler, scaled, records = _prepare(shadows, inputs, parts)
+        check_number("strength", strength, 0.0, open_low=True)
+    scaler, scaled, records = _prepare(shadows, inputs, parts, value_range)
     flat, shape = records.reshape(len(records), -1).astype(np.float64), records.shape[1:]
     strengths = STRENGTHS if strength is None else (strength,)
     found = _regression(scaled.astype(np.float64), flat, strengths, value_range)
@@ -181,11 +181,12 @@ def network(
       The reconstructor.
 
     Raises:
-      ValueError: shadows and inputs of different numbers, a number below 1, unknown parts.
+      ValueError: shadows and inputs of different numbers, a number below 1, unknown parts, a range
+        whose lowest value is not below its highest.
     """
-    check("batch_size", batch_size, 1)
-    check("epochs", epochs, 1)
-    scaler, scaled, records = _prepare(shadows, inputs, parts)
+    check_number("batch_size", batch_size, 1)
+    check_number("epochs", epochs, 1)
+    scaler, scaled, records = _prepare(shadows, inputs, parts, value_range)
     decoder = dense_decoder(records.shape[1:]) if decoder is None else decoder
     optimizer = optax.rmsprop(3e-4) if optimizer is None else optimizer
     size = min(batch_size, len(records))
@@ -294,9 +295,14 @@ def score(reconstructed: Array, targets: Array, held: Array, controls: Array) ->
 
 
 def _prepare(
-    shadows: Params, inputs: Array, parts: Sequence[str] | None
+    shadows: Params,
+    inputs: Array,
+    parts: Sequence[str] | None,
+    value_range: tuple[float, float],
 ) -> tuple[Scaler, np.ndarray, np.ndarray]:
     """The scaler, standardised features `[N, p]`, and records, on the host."""
+    if not value_range[0] < value_range[1]:
+        raise ValueError(f"value_range must be (low, high) with low < high, got {value_range}.")
     flat = np.asarray(jax.vmap(functools.partial(features, parts=parts))(shadows))
     records = np.asarray(inputs)
     if len(records) != len(flat) or len(records) < 2:

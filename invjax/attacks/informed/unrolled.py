@@ -1,18 +1,15 @@
 """Inversion of a known deterministic training, by least squares on the released weights."""
 
-from collections.abc import Callable
-
 import chex
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from invjax.attacks.analytic.feature_inversion import minimize
-from invjax.attacks.analytic.imprints.imprint import flat_range
+from invjax.attacks.informed.training import Train
 from invjax.base import Array, Batch, Bound, Params, Reconstruction
-from invjax.defenses.checks import check
-
-Train = Callable[[Batch], Params]
+from invjax.checks import check_number
+from invjax.ranges import check_range, flat_bounds
 
 
 def unrolled(
@@ -63,14 +60,20 @@ def unrolled(
       `s^2` costs every unbiased attack a mean squared error of `s^2 tr information^-1 / d`.
 
     Raises:
-      ValueError: records of different shapes, weights unlike those of `train`, a number out of range.
+      ValueError: records of different shapes, weights unlike those of `train`, a number or a box out of
+        range.
+      TypeError: known inputs that are not floats.
     """
-    check("num_classes", num_classes, 1)
-    check("num_steps", num_steps, 1)
-    check("tolerance", tolerance, 0.0)
-    check("at_once", at_once, 1)
+    check_number("num_classes", num_classes, 1)
+    check_number("num_steps", num_steps, 1)
+    check_number("tolerance", tolerance, 0.0)
+    check_number("at_once", at_once, 1)
     if label is not None:
-        check("label", label, 0, num_classes - 1)
+        check_number("label", label, 0, num_classes - 1)
+    if not jnp.issubdtype(known.inputs.dtype, jnp.floating):
+        raise TypeError(f"known.inputs must be floating point, got {known.inputs.dtype}.")
+    if input_range is not None:
+        check_range(input_range)
     shape = known.inputs.shape[1:]
     if pool.inputs.shape[1:] != shape or not len(pool.inputs):
         raise ValueError(
@@ -86,7 +89,7 @@ def unrolled(
     _check_weights(train, released, batch_with(starts[0], 0))
     target = ravel_pytree(released)[0]
     box = (-jnp.inf, jnp.inf) if input_range is None else input_range
-    low, high = flat_range(box, shape, starts.dtype)
+    low, high = flat_bounds(box, shape, starts.dtype)
 
     def misfit(flat, label):
         return ravel_pytree(train(batch_with(flat, label)))[0] - target

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from invjax.base import Array
-from invjax.defenses.checks import check
+from invjax.checks import check_count, check_number
 
 Mode = Literal["jensen", "exact_mc"]
 
@@ -43,11 +43,10 @@ def check_ball(ball: Ball) -> None:
     """
     if ball.mode not in get_args(Mode):
         raise ValueError(f"mode must be 'map' or one of {get_args(Mode)}, got {ball.mode!r}.")
-    check("delta", ball.delta, 0.0, open_low=True)
-    if ball.num_samples < 1 or (ball.antithetic and ball.num_samples % 2):
-        raise ValueError(
-            f"num_samples must be positive, and even for antithetic pairs, got {ball.num_samples}."
-        )
+    check_number("delta", ball.delta, 0.0, open_low=True)
+    check_count("num_samples", ball.num_samples, 1)
+    if ball.antithetic and ball.num_samples % 2:
+        raise ValueError(f"num_samples must be even for antithetic pairs, got {ball.num_samples}.")
 
 
 def sample_ball(key: Array, ball: Ball, shape: tuple[int, ...], dtype=jnp.float32) -> Array:

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from invjax import gradients
 from invjax.attacks.matching import objectives, priors
 from invjax.attacks.matching.ball import Ball, Mode
 from invjax.attacks.matching.loop import Labels, gradient_matching, normal
-from invjax.base import Array, Attack, Defense, Model, Observation
-from invjax.defenses.checks import check
+from invjax.attacks.matching.presets import cosine_adam
+from invjax.base import Array, Attack, Batch, Defense, Model, Observation, PyTree
+from invjax.checks import check_count, check_number
 
 
 def bayes(
@@ -40,6 +42,8 @@ def bayes(
     Departures: the likelihood keeps weight one, as their annealing (`schedule="paper"`) gains or
     costs up to a decibel with the weight of the prior, and has no meaning of its own; points are
     uniform in the ball (the authors' code draws radii that crowd its centre, and does not use them).
+    Of a federated update the local steps are read as equal: as many times one gradient as there are,
+    times the rate, and the likelihood is that of the update.
 
     Args:
       model: the model.
@@ -55,28 +59,41 @@ def bayes(
       num_steps: steps.
       restarts: independent starts.
       labels: `known`, `recovered` or `joint`.
-      **settings: of `gradient_matching`.
+      **settings: of `gradient_matching`; an `objective` takes the place of the defence's likelihood.
 
     Returns:
       The attack.
 
     Raises:
-      ValueError: an unknown mode or schedule, a radius or a number of points that suits no ball.
+      ValueError: an unknown mode or schedule, a radius or a number of points that suits no ball, a
+        rate that is not positive.
     """
     if isinstance(schedule, str) and schedule not in ("constant", "paper"):
         raise ValueError(
             f"schedule must be 'constant', 'paper' or a function of the step, got {schedule!r}."
         )
+
+    def update(model: Model, observation: Observation, batch: Batch, variables) -> PyTree:
+        """On the scale of the observation, which is that of its noise; the loop's own is of a gradient."""
+        del variables
+        gradient = gradients.gradient(model, observation.params, batch)
+        local = observation.facts.local
+        if local is None:
+            return gradient
+        return optax.tree.scale(local.num_steps * local.learning_rate, gradient)
+
     named = {"constant": None, "paper": annealed(num_steps)}
     settings: dict[str, Any] = {
         "objective": objectives.matched(defense),
-        "optimizer": optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps)),
+        "optimizer": cosine_adam(learning_rate, num_steps),
         "constraint": priors.project_to_box,
         "initializer": normal(),
         "ball": None if mode == "map" else Ball(delta, num_samples, mode, antithetic),
         "likelihood_weight": named[schedule] if isinstance(schedule, str) else schedule,
         **settings,
     }
+    if settings["objective"].stage == "aggregate":
+        settings = {"candidate": update, **settings}
     return gradient_matching(
         model, prior=prior, num_steps=num_steps, restarts=restarts, labels=labels, **settings
     )
@@ -96,7 +113,7 @@ def annealed(num_steps: int, start: float = 0.25) -> optax.Schedule:
     Raises:
       ValueError: a start outside (0, 1].
     """
-    check("start", start, 0.0, 1.0, open_low=True)
+    check_number("start", start, 0.0, 1.0, open_low=True)
     half = max(1, num_steps // 2)
     return lambda step: start ** (1 - jnp.minimum(step / half, 1.0))
 
@@ -138,8 +155,7 @@ def risk(
     Raises:
       ValueError: no victims.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    check_count("num_samples", num_samples, 1)
 
     def one(key):
         draw_key, attack_key = jax.random.split(key)

@@ -12,9 +12,9 @@ import optax
 from invjax import gradients, metrics
 from invjax.attacks.matching import objectives, priors
 from invjax.attacks.matching.loop import Initializer, Labels, gradient_matching, normal
-from invjax.attacks.matching.presets import decayed
+from invjax.attacks.matching.presets import decayed, smoothness
 from invjax.base import Array, Attack, Batch, LocalTraining, Model, Observation, Params, PyTree
-from invjax.defenses.checks import check, choose, equals
+from invjax.checks import check_choice, check_number, equals
 from invjax.observe import per_step_gradient
 
 Copies = Literal["per_epoch", "shared"]
@@ -41,13 +41,15 @@ def simulate(
       batch: inputs `[N, ...]`, or `[E N, ...]`: a copy for every epoch, one after another; labels
         `[N]` or `[N, C]`.
       local: the round's public facts.
-      orders: `[E, N]`: every epoch's samples in the order of its visits; rising where `None`.
+      orders: `[E, N]`: every epoch's samples in the order of its visits, a permutation of 0 to `N - 1`
+        each; rising where `None`.
 
     Returns:
       The update, a tree like `params`.
 
     Raises:
-      ValueError: inputs or orders that do not fit the local training.
+      ValueError: inputs or orders that do not fit the local training; traced orders that are no
+        permutations pass.
     """
     epochs, size, small = local.epochs, local.num_samples, local.batch_size
     if batch.inputs.shape[0] not in (size, epochs * size):
@@ -55,9 +57,11 @@ def simulate(
             f"batch.inputs must hold local.num_samples = {size} samples, or a copy for each of "
             f"{epochs} epochs, got {batch.inputs.shape[0]}."
         )
-    orders = jnp.tile(jnp.arange(size), (epochs, 1)) if orders is None else jnp.asarray(orders)
-    if orders.shape != (epochs, size):
-        raise ValueError(f"orders must be [E, N] = [{epochs}, {size}], got shape {orders.shape}.")
+    if orders is None:
+        orders = jnp.tile(jnp.arange(size), (epochs, 1))
+    else:
+        _check_orders(orders, epochs, size)
+        orders = jnp.asarray(orders)
     copies = _by_epoch(batch.inputs, epochs) if batch.inputs.shape[0] > size else None
     unroll = local.num_steps <= _UNROLLED
     count, whole = size // small, size // small * small
@@ -93,15 +97,15 @@ def order_invariant(
       features: of inputs `[E N, ...]`, compared in their place; a random convolution was published.
 
     Returns:
-      The prior of copies `[E N, ...]`: `weight` times the mean over pairs of epochs of the distance
-      between `a(X_i)` and `a(X_j)`.
+      The prior of copies `[E N, ...]`: `weight` times the mean over the `E^2` pairs of epochs, an epoch
+      and itself among them, of the distance between `a(X_i)` and `a(X_j)`.
 
     Raises:
       ValueError: an unknown aggregate or distance, a negative weight.
     """
-    check("weight", weight, 0.0)
-    choose("aggregate", aggregate, get_args(Aggregate))
-    choose("distance", distance, get_args(Distance))
+    check_number("weight", weight, 0.0)
+    check_choice("aggregate", aggregate, get_args(Aggregate))
+    check_choice("distance", distance, get_args(Distance))
 
     def value(inputs, context):
         copies = inputs if features is None else features(inputs)
@@ -181,15 +185,16 @@ def fedavg(
         epoch, an objective of per-sample gradients.
     """
     if isinstance(orders, str):
-        choose("orders", orders, get_args(Orders))
+        check_choice("orders", orders, get_args(Orders))
     given = None if isinstance(orders, str) else orders
     learned = given is None and orders == "learned"
     copies = copies or ("per_epoch" if given is None and not learned else "shared")
-    choose("copies", copies, get_args(Copies))
-    check("order_rate", order_rate, 0.0)
+    check_choice("copies", copies, get_args(Copies))
+    check_number("order_rate", order_rate, 0.0)
+    check_number("learning_rate", learning_rate, 0.0, open_low=True)
     if learned and copies == "per_epoch":
         raise ValueError("orders='learned' needs copies='shared', got copies='per_epoch'.")
-    several, terms = copies == "per_epoch", _smoothness(total_variation)
+    several, terms = copies == "per_epoch", smoothness(total_variation, "anisotropic")
     if several:
         terms.append(order_prior if callable(order_prior) else order_invariant(order_prior))
     settings: dict[str, Any] = {
@@ -254,14 +259,15 @@ def surrogate(
       The attack, for observations with the facts of a local training by SGD.
 
     Raises:
-      ValueError: `alpha` or `alpha_rate` out of range.
+      ValueError: `alpha`, a rate or a weight out of range.
     """
-    check("alpha", alpha, 0.0, 1.0)
-    check("alpha_rate", alpha_rate, 0.0)
+    check_number("alpha", alpha, 0.0, 1.0)
+    check_number("alpha_rate", alpha_rate, 0.0)
+    check_number("learning_rate", learning_rate, 0.0, open_low=True)
     moving = optax.chain(optax.adam(decayed(alpha_rate, num_steps)), optax.stateless(_within_unit))
     settings: dict[str, Any] = {
         "objective": objectives.cosine(),
-        "prior": priors.combine(*_smoothness(total_variation)),
+        "prior": priors.combine(*smoothness(total_variation, "anisotropic")),
         "constraint": priors.project_to_box,
         "optimizer": optax.adam(decayed(learning_rate, num_steps)),
         "initializer": normal(),
@@ -298,6 +304,16 @@ def _federated(model: Model, **settings: Any) -> Attack:
         attack.check(observation)
 
     return dataclasses.replace(attack, check=check_round)
+
+
+def _check_orders(orders: Array, epochs: int, size: int) -> None:
+    if jnp.shape(orders) != (epochs, size):
+        raise ValueError(
+            f"orders must be [E, N] = [{epochs}, {size}], got shape {jnp.shape(orders)}."
+        )
+    traced = isinstance(orders, jax.core.Tracer)
+    if not traced and (np.sort(np.asarray(orders), axis=1) != np.arange(size)).any():
+        raise ValueError(f"orders must be permutations of 0 to {size - 1}, got {orders}.")
 
 
 def _descend(params: Params, gradient: Params, local: LocalTraining) -> Params:
@@ -375,10 +391,6 @@ def _align_best(inputs: Array, values: Array, observation: Observation) -> Array
     best = inputs[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))]
     copies = _by_epoch(best, _local_training(observation).epochs)
     return jax.lax.map(lambda copy: copy[metrics.match(copy, copies[0])], copies).mean(axis=0)
-
-
-def _smoothness(weight: float) -> list[priors.Prior]:
-    return [] if equals(weight, 0) else [priors.total_variation(weight)]
 
 
 def _by_epoch(copies: Array, epochs: int) -> Array:

@@ -11,7 +11,9 @@ from flax import nnx
 
 from invjax import conv
 from invjax.attacks.matching.loop import Decode, Initializer
+from invjax.attacks.matching.priors import input_bounds
 from invjax.base import Array, Observation, Params
+from invjax.checks import check_count
 from invjax.models.chain import average_pool
 from invjax.models.modules import check_image_shape, pure_functions
 
@@ -97,9 +99,8 @@ def unet(
     """
     check_image_shape(input_shape)
     height, length, _ = input_shape
-    for name, number in (("width", width), ("channels", channels)):
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}.")
+    check_count("width", width, 1)
+    check_count("channels", channels, 1)
     most = (math.gcd(height, length) & -math.gcd(height, length)).bit_length() - 1
     levels = min(2, most) if levels is None else levels
     if not 0 <= levels <= most:
@@ -144,8 +145,8 @@ def generated(generator: Generator, spread: float = 0.1) -> tuple[Initializer, D
     def decode(variables, observation: Observation) -> Array:
         # The noise is no variable, only carried among them.
         noise = jax.lax.stop_gradient(variables["inputs"])
-        low, high = (jnp.asarray(bound) for bound in observation.facts.input_range)
         unit = generator.apply(variables["weights"], noise)
-        return low.reshape((1, 1, 1, -1)) + (high - low).reshape((1, 1, 1, -1)) * unit
+        low, high = input_bounds(observation, unit.dtype, unit.ndim)
+        return low + (high - low) * unit
 
     return initializer, decode

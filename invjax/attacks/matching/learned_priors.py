@@ -16,8 +16,9 @@ from jax.typing import ArrayLike
 
 from invjax import models
 from invjax.attacks.matching.priors import Context, Prior, gaussian
+from invjax.attacks.matching.vectors import flattened
 from invjax.base import Array, Params
-from invjax.defenses.checks import check
+from invjax.checks import check_count, check_number
 
 
 def fit_gaussian(inputs: ArrayLike, weight: float = 1.0, shrinkage: float | None = None) -> Prior:
@@ -58,8 +59,10 @@ def gaussian_mixture(
       component is `priors.gaussian`.
 
     Raises:
-      ValueError: shapes that do not go together, proportions or covariances not positive.
+      ValueError: shapes that do not go together, proportions or covariances not positive, a negative
+        weight.
     """
+    check_number("weight", weight, 0.0)
     factors, log_scale = _whitening(means, covariances)
     shares = np.asarray(proportions, np.float64)
     if shares.shape != log_scale.shape or not (shares > 0).all():
@@ -103,8 +106,8 @@ def fit_gaussian_mixture(
     from sklearn.mixture import GaussianMixture
 
     samples = _samples("inputs", inputs)
-    check("ridge", ridge, 0.0, open_low=True)
-    check("num_components", num_components, 1, len(samples))
+    check_number("ridge", ridge, 0.0, open_low=True)
+    check_number("num_components", num_components, 1, len(samples))
     ridge *= samples.var(axis=0).mean()
     fit = GaussianMixture(num_components, reg_covar=ridge, random_state=seed).fit(samples)
     found = (np.asarray(part) for part in (fit.weights_, fit.means_, fit.covariances_))
@@ -127,8 +130,9 @@ def class_conditional(means: ArrayLike, covariances: ArrayLike, weight: float = 
       raises a `ValueError` on a context without labels, or with labels of other classes.
 
     Raises:
-      ValueError: shapes that do not go together, covariances not positive.
+      ValueError: shapes that do not go together, covariances not positive, a negative weight.
     """
+    check_number("weight", weight, 0.0)
     factors, log_scale = _whitening(means, covariances)
 
     def value(inputs, context):
@@ -208,9 +212,10 @@ def vae(trained: VAE, weight: float = 1.0, num_samples: int = 8, key: Array | No
       The prior: minus `weight` times the `elbo`, summed over samples.
 
     Raises:
-      ValueError: no draws.
+      ValueError: no draws, a negative weight.
     """
-    check("num_samples", num_samples, 1)
+    check_number("weight", weight, 0.0)
+    check_count("num_samples", num_samples, 1)
     key = jax.random.key(0) if key is None else key
     noise = jax.random.normal(key, (num_samples, 1, _widths(trained.decoder)[0]))
     return lambda inputs, context: -weight * elbo(trained, inputs, noise.astype(inputs.dtype)).sum()
@@ -233,7 +238,7 @@ def elbo(trained: VAE, inputs: Array, noise: Array) -> Array:
     Raises:
       ValueError: inputs or noise of another size than the autoencoder's.
     """
-    flat, latent = _flat(inputs, _widths(trained.encoder)[0]), _widths(trained.decoder)[0]
+    flat, latent = flattened(inputs, _widths(trained.encoder)[0]), _widths(trained.decoder)[0]
     if noise.ndim != 3 or noise.shape[1] not in (1, len(flat)) or noise.shape[2] != latent:
         raise ValueError(
             f"noise must be [S, {len(flat)} or 1, {latent}] here, got shape {noise.shape}."
@@ -283,11 +288,11 @@ def train_vae(
     """
     sizes = {"latent": latent, "hidden": hidden, "num_steps": num_steps, "batch_size": batch_size}
     for name, size in sizes.items():
-        check(name, size, 1)
+        check_count(name, size, 1)
     # One that is learned starts wide: a narrow one would hide the divergence at first.
     std = 0.3 if observation_std is None else observation_std
-    check("observation_std", std, 0.0, open_low=True)
-    check("learning_rate", learning_rate, 0.0, open_low=True)
+    check_number("observation_std", std, 0.0, open_low=True)
+    check_number("learning_rate", learning_rate, 0.0, open_low=True)
     data = _samples("inputs", inputs)
     if data.min() < 0 or data.max() > 1:
         raise ValueError(f"inputs must lie in [0, 1], got [{data.min():.3g}, {data.max():.3g}].")
@@ -369,19 +374,12 @@ def _whitening(means: ArrayLike, covariances: ArrayLike) -> tuple[np.ndarray, np
 def _energies(inputs: Array, means: ArrayLike, factors: np.ndarray, log_scale: np.ndarray) -> Array:
     """`[B, K]` negative log-densities, up to the constant that puts the highest mode at zero."""
     dtype = inputs.dtype
-    centered = _flat(inputs, factors.shape[1])[:, None] - jnp.asarray(means, dtype)[None]
+    centered = flattened(inputs, factors.shape[1])[:, None] - jnp.asarray(means, dtype)[None]
     white = jnp.einsum(
         "kde,bke->bkd", jnp.asarray(factors, dtype), centered, precision=jax.lax.Precision.HIGHEST
     )
     offset = jnp.asarray(log_scale.max() - log_scale, dtype)
     return 0.5 * jnp.square(white).sum(axis=-1) + offset[None]
-
-
-def _flat(inputs: Array, size: int) -> Array:
-    flat = inputs.reshape(inputs.shape[0], -1)
-    if flat.shape[1] != size:
-        raise ValueError(f"The prior is over {size} values an input, got inputs {inputs.shape}.")
-    return flat
 
 
 def _probabilities(context: Context, size: int, classes: int) -> Array:

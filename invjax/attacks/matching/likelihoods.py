@@ -13,14 +13,15 @@ import optax
 
 from invjax.attacks.matching.objectives import Objective, cosine, l1
 from invjax.base import Array, Observation, Params, PyTree
-from invjax.defenses.checks import check
+from invjax.checks import check_number
 
 
 def gaussian(std: float | PyTree, per_sample: bool = False) -> Objective:
     """Gaussian noise: the sum of squared differences over `2 std^2`.
 
     Args:
-      std: standard deviation, one number or a tree like the parameters (arrays or numbers a leaf).
+      std: standard deviation, in gradient units: one number, or a tree like the parameters, of numbers
+        or arrays of a leaf's shape.
       per_sample: whether it is that of the noise on every sample's gradient; that on the mean of `B`
         is then `std / sqrt(B)`, and the observation must say how many there are.
 
@@ -28,11 +29,11 @@ def gaussian(std: float | PyTree, per_sample: bool = False) -> Objective:
       The objective.
 
     Raises:
-      ValueError: a standard deviation that is not positive.
+      ValueError: a standard deviation that is not positive; at its use with `per_sample`, an
+        observation that does not tell its batch size.
     """
     for leaf in jax.tree.leaves(std):
-        if jnp.ndim(leaf) == 0:
-            check("std", leaf, 0.0, open_low=True)
+        check_number("std", leaf.min() if jnp.ndim(leaf) else leaf, 0.0, open_low=True)
 
     def value(candidate, observation):
         deviations = jax.tree.broadcast(std, candidate)
@@ -59,7 +60,7 @@ def laplace(scale: float) -> Objective:
     Raises:
       ValueError: a scale that is not positive.
     """
-    check("scale", scale, 0.0, open_low=True)
+    check_number("scale", scale, 0.0, open_low=True)
     return Objective(
         lambda candidate, observation: l1().value(candidate, observation) / scale, name="laplace"
     )
@@ -78,7 +79,7 @@ def von_mises_fisher(concentration: float, weights: PyTree | None = None) -> Obj
     Raises:
       ValueError: a concentration that is not positive.
     """
-    check("concentration", concentration, 0.0, open_low=True)
+    check_number("concentration", concentration, 0.0, open_low=True)
     inner = cosine(weights)
     return Objective(
         lambda candidate, observation: concentration * inner.value(candidate, observation),
@@ -146,8 +147,8 @@ def spike_and_slab(std: float, fraction: float) -> Objective:
     Raises:
       ValueError: a number out of range.
     """
-    check("std", std, 0.0, open_low=True)
-    check("fraction", fraction, 0.0, 1.0, open_low=True, open_high=True)
+    check_number("std", std, 0.0, open_low=True)
+    check_number("fraction", fraction, 0.0, 1.0, open_low=True, open_high=True)
 
     def value(candidate, observation):
         def leaf(a, b):
@@ -161,7 +162,7 @@ def spike_and_slab(std: float, fraction: float) -> Objective:
 
 
 def top_k(std: float) -> Objective:
-    """Only the largest coordinates of a tensor are seen; the others are known to be smaller.
+    """Magnitude pruning: a tensor's largest coordinates are seen, the others are known to be smaller.
 
     Seen coordinates are Gaussian; an unseen one costs what the candidate exceeds the smallest seen
     magnitude of its tensor by, squared: the hinge that a wall of Gaussian width leaves.
@@ -175,7 +176,7 @@ def top_k(std: float) -> Objective:
     Raises:
       ValueError: a standard deviation that is not positive.
     """
-    check("std", std, 0.0, open_low=True)
+    check_number("std", std, 0.0, open_low=True)
 
     def value(candidate, observation):
         def leaf(a, b):
@@ -197,7 +198,8 @@ def drop_layers(params: Params, dropped: Callable[[str], bool]) -> PyTree:
       dropped: says of a leaf's path, as `jax.tree_util.keystr` writes it, whether it is left out.
 
     Returns:
-      A tree of ones and zeros, for `weights` of `objectives.squared_l2`, `l1`, `cosine`.
+      A tree of ones and zeros, for `weights` of `objectives.squared_l2`, `l1`, `cosine`,
+      `cosine_per_layer`.
 
     Raises:
       ValueError: no leaf, or every one of them, is left out.

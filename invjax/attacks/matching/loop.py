@@ -12,8 +12,9 @@ from invjax import conv, gradients
 from invjax.attacks import labels as label_recovery
 from invjax.attacks.matching.ball import Ball, check_ball, over_ball
 from invjax.attacks.matching.objectives import Objective
-from invjax.attacks.matching.priors import Context, Prior
+from invjax.attacks.matching.priors import Context, Prior, input_bounds
 from invjax.base import Array, Attack, Batch, Model, Observation, PyTree, Reconstruction
+from invjax.checks import check_choice, check_count, check_number
 from invjax.observe import check_observation, per_step_gradient
 
 Labels = Literal["known", "recovered", "joint"]
@@ -81,8 +82,9 @@ def uniform_box() -> Initializer:
     """
 
     def initialize(key, shape, observation):
-        low, high = (jnp.asarray(bound) for bound in observation.facts.input_range)
-        return jax.random.uniform(key, shape) * (high - low) + low
+        unit = jax.random.uniform(key, shape)
+        low, high = input_bounds(observation, unit.dtype, unit.ndim)
+        return unit * (high - low) + low
 
     return initialize
 
@@ -127,7 +129,7 @@ def gradient_matching(
       restarts: independent starts.
       patience: a restart ends when the objective did not fall by `tolerance` in this many steps;
         never where `None`.
-      tolerance: relative.
+      tolerance: relative to the objective.
       batch_size: how many inputs to reconstruct; the observation's own where `None`.
       backend: `cpu`, `gpu` or `tpu`: how convolutions are computed; the present one where `None`.
       decode: `decode(variables, observation) -> inputs [B, ...]`; `variables["inputs"]` by default.
@@ -140,20 +142,20 @@ def gradient_matching(
       likelihood_weight: of the data term, by step; 1 by default.
 
     Returns:
-      The attack. `diagnostics` holds `trace [R, num_steps + 1]`, `status [R]` (0 ran to the end,
-      1 plateau, 2 not finite), `best [R]` and `restart`.
+      The attack. `diagnostics` holds `trace [R, num_steps + 1]` (objectives, NaN where not run),
+      `status [R]` (0 ran to the end, 1 plateau, 2 not finite), `best [R]` (lowest objectives) and
+      `restart` (the index of the one returned).
 
     Raises:
       ValueError: a number out of range, an unknown choice; and at its first use, an observation
         that does not fit.
     """
-    for name, number in (("num_steps", num_steps), ("restarts", restarts)):
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}.")
-    if patience is not None and patience < 1:
-        raise ValueError(f"patience must be at least 1 or None, got {patience}.")
-    if labels not in get_args(Labels):
-        raise ValueError(f"labels must be one of {get_args(Labels)}, got {labels!r}.")
+    check_count("num_steps", num_steps, 1)
+    check_count("restarts", restarts, 1)
+    check_number("tolerance", tolerance, 0.0)
+    if patience is not None:
+        check_count("patience", patience, 1)
+    check_choice("labels", labels, get_args(Labels))
     if labels == "joint" and model.num_classes < 2:
         raise ValueError("labels='joint' needs a model with at least two logits.")
     if ball is not None:
@@ -343,12 +345,13 @@ def _batch_size(observation: Observation, batch_size: int | None) -> int:
             "The observation does not say how many samples there are: give batch_size, or estimate "
             "it with invjax.attacks.labels.estimate_batch_size."
         )
-    if size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {size}.")
+    check_count("batch_size", size, 1)
     return size
 
 
-def _fixed_labels(model: Model, observation: Observation, labels: Labels, size: int):
+def _fixed_labels(
+    model: Model, observation: Observation, labels: Labels, size: int
+) -> Array | None:
     if labels == "joint":
         return None
     if labels == "recovered":

@@ -14,6 +14,7 @@ import optax
 
 from invjax import gradients
 from invjax.base import Array, Defense, Observation, PyTree, Stage
+from invjax.checks import check_number
 
 
 class Objective(NamedTuple):
@@ -35,6 +36,15 @@ def _weighted(weights: PyTree | None, terms: PyTree) -> Array:
     return jnp.asarray(optax.tree.sum(terms))
 
 
+def _leaf_by_leaf(
+    distance: Callable[[Array, Array], Array], weights: PyTree | None, name: str
+) -> Objective:
+    def value(candidate, observation):
+        return _weighted(weights, jax.tree.map(distance, candidate, observation.gradient))
+
+    return Objective(value, name=name)
+
+
 def squared_l2(weights: PyTree | None = None) -> Objective:
     """Sum of squared differences (Zhu et al. 2019, DLG; equation 4).
 
@@ -44,14 +54,7 @@ def squared_l2(weights: PyTree | None = None) -> Objective:
     Returns:
       The objective.
     """
-
-    def value(candidate, observation):
-        return _weighted(
-            weights,
-            jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), candidate, observation.gradient),
-        )
-
-    return Objective(value, name="squared_l2")
+    return _leaf_by_leaf(lambda a, b: jnp.sum(jnp.square(a - b)), weights, "squared_l2")
 
 
 def l1(weights: PyTree | None = None) -> Objective:
@@ -63,16 +66,7 @@ def l1(weights: PyTree | None = None) -> Objective:
     Returns:
       The objective.
     """
-
-    def value(candidate, observation):
-        return _weighted(
-            weights,
-            jax.tree.map(
-                lambda a, b: jnp.sum(gradients.absolute(a - b)), candidate, observation.gradient
-            ),
-        )
-
-    return Objective(value, name="l1")
+    return _leaf_by_leaf(lambda a, b: jnp.sum(gradients.absolute(a - b)), weights, "l1")
 
 
 def squared_l2_and_l1(weight: float = 0.01) -> Objective:
@@ -83,19 +77,24 @@ def squared_l2_and_l1(weight: float = 0.01) -> Objective:
 
     Returns:
       The objective.
+
+    Raises:
+      ValueError: a negative weight.
     """
+    check_number("weight", weight, 0.0)
 
     def value(candidate, observation):
-        return squared_l2().value(candidate, observation) + weight * l1().value(
-            candidate, observation
-        )
+        squares = squared_l2().value(candidate, observation)
+        return squares + weight * l1().value(candidate, observation)
 
     return Objective(value, name="squared_l2_and_l1")
 
 
 def _cosine(dot: Array, squared_a: Array, squared_b: Array) -> Array:
-    # The floor keeps value and derivative finite at a zero gradient, where the cosine is undefined.
-    return 1.0 - dot / jnp.sqrt(jnp.maximum(squared_a * squared_b, 1e-30))
+    # Floors keep value and derivative finite at a zero gradient, where the cosine is undefined. One
+    # for each norm: a trained network's gradients are small, and the product of two still smaller.
+    a, b = (jnp.sqrt(jnp.maximum(squared, 1e-30)) for squared in (squared_a, squared_b))
+    return 1.0 - dot / a / b
 
 
 def cosine(weights: PyTree | None = None) -> Objective:
@@ -122,7 +121,7 @@ def cosine(weights: PyTree | None = None) -> Objective:
 
 
 def cosine_per_layer(weights: PyTree | None = None) -> Objective:
-    """One minus the cosine of every leaf, summed.
+    """One minus the cosine of every leaf, summed (Chen and Campbell 2022).
 
     Args:
       weights: tree like the parameters with a scalar a leaf; ones by default.
@@ -131,13 +130,10 @@ def cosine_per_layer(weights: PyTree | None = None) -> Objective:
       The objective.
     """
 
-    def value(candidate, observation):
-        def leaf(a, b):
-            return _cosine(jnp.sum(a * b), jnp.sum(a * a), jnp.sum(b * b))
+    def distance(a, b):
+        return _cosine(jnp.sum(a * b), jnp.sum(a * a), jnp.sum(b * b))
 
-        return _weighted(weights, jax.tree.map(leaf, candidate, observation.gradient))
-
-    return Objective(value, name="cosine_per_layer")
+    return _leaf_by_leaf(distance, weights, "cosine_per_layer")
 
 
 def matched(defense: Defense, slack: float | None = None) -> Objective:
@@ -145,12 +141,17 @@ def matched(defense: Defense, slack: float | None = None) -> Objective:
 
     Args:
       defense: the defence that the client used; its deterministic part is replayed on the candidate.
-      slack: standard deviation that stands in where the channel is deterministic; a thousandth of
-        the observation's root mean square by default.
+      slack: standard deviation, in gradient units, that stands in where the channel is deterministic; a
+        thousandth of the observation's root mean square by default.
 
     Returns:
       The objective; it wants per-sample gradients where the defence acts on them.
+
+    Raises:
+      ValueError: a slack that is not positive.
     """
+    if slack is not None:
+        check_number("slack", slack, 0.0, open_low=True)
 
     def value(candidate, observation):
         return -defense.log_likelihood(observation.gradient, candidate, observation.public, slack)

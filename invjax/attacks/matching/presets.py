@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from invjax.attacks.matching import objectives, priors
 from invjax.attacks.matching.loop import Labels, gradient_matching
 from invjax.base import Attack, Model
+from invjax.checks import check_count, check_number, equals
 
 
 def signed_adam(learning_rate: float, num_steps: int) -> optax.GradientTransformation:
@@ -20,19 +19,48 @@ def signed_adam(learning_rate: float, num_steps: int) -> optax.GradientTransform
 
     Returns:
       The optimizer of Geiping et al. 2020.
+
+    Raises:
+      ValueError: a rate that is not positive.
     """
-    sign = optax.stateless(lambda updates, params: jax.tree.map(jnp.sign, updates))
-    return optax.chain(sign, optax.adam(decayed(learning_rate, num_steps)))
+    check_number("learning_rate", learning_rate, 0.0, open_low=True)
+    return optax.chain(optax.scale_by_sign(), optax.adam(decayed(learning_rate, num_steps)))
+
+
+def cosine_adam(learning_rate: float, num_steps: int) -> optax.GradientTransformation:
+    """Adam whose rate falls to zero along half a cosine.
+
+    Args:
+      learning_rate: first step size, in input units.
+      num_steps: total steps.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: a rate that is not positive, no steps.
+    """
+    check_number("learning_rate", learning_rate, 0.0, open_low=True)
+    check_count("num_steps", num_steps, 1)
+    return optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
 
 
 def decayed(learning_rate: float, num_steps: int) -> optax.Schedule:
-    """A tenth of the rate after 3/8, 5/8 and 7/8 of the steps (Geiping et al. 2020)."""
+    """A tenth of the rate after 3/8, 5/8 and 7/8 of the steps each (Geiping et al. 2020).
+
+    Args:
+      learning_rate: first step size.
+      num_steps: total steps.
+
+    Returns:
+      The schedule.
+    """
     boundaries = {int(num_steps * part / 8): 0.1 for part in (3, 5, 7)}
     return optax.piecewise_constant_schedule(learning_rate, boundaries)
 
 
 def lbfgs(memory_size: int = 100) -> optax.GradientTransformation:
-    """L-BFGS with a history of 100 and unit steps, halved only where the objective would rise.
+    """L-BFGS with unit steps, halved only where the objective would not fall (12 times at most).
 
     Args:
       memory_size: steps remembered.
@@ -61,8 +89,9 @@ def dlg(
     """Deep Leakage from Gradients (Zhu et al. 2019): squared L2, soft labels optimised, L-BFGS.
 
     Published as 300 calls of an optimizer that takes 20 unit steps a call; here a step is one of
-    those. Departure: a step that would raise the objective is halved until it does not, because
-    plain unit steps diverge from some starts and never come back.
+    those. Departures: a step that would raise the objective is halved until it does not, because
+    plain unit steps diverge from some starts and never come back; and a restart ends when 300 steps
+    have not lowered its objective by a tenth (`patience` and `tolerance`).
 
     Args:
       model: the model.
@@ -73,6 +102,9 @@ def dlg(
 
     Returns:
       The attack.
+
+    Raises:
+      ValueError: as `gradient_matching`.
     """
     settings: dict[str, Any] = {
         "objective": objectives.squared_l2(),
@@ -105,6 +137,9 @@ def idlg(
 
     Returns:
       The attack.
+
+    Raises:
+      ValueError: as `gradient_matching`.
     """
     return dlg(model, num_steps=num_steps, restarts=restarts, labels=labels, **settings)
 
@@ -130,6 +165,9 @@ def tag(
 
     Returns:
       The attack.
+
+    Raises:
+      ValueError: as `gradient_matching`.
     """
     settings: dict[str, Any] = {"objective": objectives.squared_l2_and_l1(weight), **settings}
     return dlg(model, num_steps=num_steps, restarts=restarts, labels=labels, **settings)
@@ -147,6 +185,9 @@ def inverting_gradients(
 ) -> Attack:
     """Inverting Gradients (Geiping et al. 2020): cosine, total variation, signed Adam, box.
 
+    Departure: of several restarts the best is that of the lowest objective, total variation included;
+    the authors' code compares the cosines alone.
+
     Args:
       model: the model.
       total_variation: weight of the anisotropic total variation; 0 for inputs that are no images.
@@ -158,6 +199,9 @@ def inverting_gradients(
 
     Returns:
       The attack.
+
+    Raises:
+      ValueError: a weight or rate out of range, or as `gradient_matching`.
     """
     settings: dict[str, Any] = {
         "objective": objectives.cosine(),
@@ -187,7 +231,8 @@ def gradinversion(
     """GradInversion (Yin et al. 2021): squared L2, image priors, batch-norm statistics, group consistency.
 
     Departures: the batch-norm term is left out for a model without batch norm; the group's mean is
-    taken without registration (`priors.group_consistency`).
+    taken without registration (`priors.group_consistency`); labels may repeat, where the published
+    row minima (`labels.row_minimum`) know no repeats.
 
     Args:
       model: the model.
@@ -198,11 +243,14 @@ def gradinversion(
       learning_rate: of Adam with cosine decay.
       num_steps: steps.
       restarts: members of the group.
-      labels: `recovered` by the last layer's row minima, as published.
+      labels: `recovered` as published, but by `labels.recover`.
       **settings: of `gradient_matching`.
 
     Returns:
       The attack.
+
+    Raises:
+      ValueError: a weight or rate out of range, or as `gradient_matching`.
     """
     terms = [*smoothness(total_variation, "isotropic"), priors.l2(l2)]
     if restarts > 1:
@@ -212,7 +260,7 @@ def gradinversion(
     settings: dict[str, Any] = {
         "objective": objectives.squared_l2(),
         "prior": priors.combine(*terms),
-        "optimizer": optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps)),
+        "optimizer": cosine_adam(learning_rate, num_steps),
         **settings,
     }
     return gradient_matching(
@@ -221,6 +269,16 @@ def gradinversion(
 
 
 def smoothness(weight: float, kind: priors.Variation) -> list[priors.Prior]:
-    """Total variation, or nothing at weight 0, so that inputs which are no images have the attack too."""
-    absent = isinstance(weight, int | float) and weight == 0
-    return [] if absent else [priors.total_variation(weight, kind)]
+    """Total variation, or nothing at weight 0, so that inputs which are no images have the attack too.
+
+    Args:
+      weight: factor of the term.
+      kind: as of `priors.total_variation`.
+
+    Returns:
+      One prior or none.
+
+    Raises:
+      ValueError: a negative weight.
+    """
+    return [] if equals(weight, 0) else [priors.total_variation(weight, kind)]

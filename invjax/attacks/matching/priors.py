@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from invjax.attacks.matching.vectors import flattened
 from invjax.base import Array, Model, Observation
+from invjax.checks import check_choice, check_count, check_number
 from invjax.gradients import absolute
 
 
@@ -70,13 +72,13 @@ def total_variation(
       periodic: whether the image wraps around at its border.
 
     Returns:
-      The prior; it raises a `ValueError` on inputs that are not images.
+      The prior; it raises a `ValueError` on inputs that are not images of 2 x 2 pixels or more.
 
     Raises:
-      ValueError: an unknown kind.
+      ValueError: an unknown kind, a negative weight.
     """
-    if kind not in get_args(Variation):
-        raise ValueError(f"kind must be 'anisotropic', 'isotropic' or 'squared', got {kind!r}.")
+    check_number("weight", weight, 0.0)
+    check_choice("kind", kind, get_args(Variation))
 
     def differences(inputs):
         # As products: the derivatives of slices are chains of branches that XLA computes eight
@@ -89,9 +91,10 @@ def total_variation(
 
     def value(inputs, context):
         del context
-        if inputs.ndim != 4:
+        if inputs.ndim != 4 or min(inputs.shape[1:3]) < 2:
             raise ValueError(
-                f"total_variation needs images [B, H, W, C], got inputs of shape {inputs.shape}."
+                "total_variation needs images [B, H, W, C] of 2 x 2 pixels or more, got inputs of "
+                f"shape {inputs.shape}."
             )
         down, right = differences(inputs)
         if kind == "anisotropic":
@@ -121,21 +124,29 @@ def l2(weight: float) -> Prior:
 
     Returns:
       The prior.
+
+    Raises:
+      ValueError: a negative weight.
     """
+    check_number("weight", weight, 0.0)
     return lambda inputs, context: weight * jnp.mean(jnp.square(inputs))
 
 
 def box(weight: float) -> Prior:
     """Squared distance to the public input range, summed over coordinates, averaged over samples.
 
-    A soft form of the constraint `project_to_box`.
+    A soft form of the constraint `project_to_box` (the clip prior of Balunovic et al. 2022).
 
     Args:
       weight: factor of the term.
 
     Returns:
       The prior.
+
+    Raises:
+      ValueError: a negative weight.
     """
+    check_number("weight", weight, 0.0)
 
     def value(inputs, context):
         low, high = input_bounds(context.observation, inputs.dtype, inputs.ndim)
@@ -149,16 +160,18 @@ def gaussian(mean: Array, precision: Array, weight: float = 1.0) -> Prior:
     """Gaussian with a full precision matrix over the flattened input.
 
     Args:
-      mean: `[d]` mean.
+      mean: `[d]` mean, in input units.
       precision: `[d, d]` inverse covariance.
       weight: factor of the term.
 
     Returns:
-      The prior: `weight / 2 (x - mean)^T precision (x - mean)`, summed over samples.
+      The prior: `weight / 2 (x - mean)^T precision (x - mean)`, summed over samples. It raises a
+      `ValueError` on inputs of another size.
 
     Raises:
-      ValueError: shapes that do not go together.
+      ValueError: shapes that do not go together, a negative weight.
     """
+    check_number("weight", weight, 0.0)
     if jnp.ndim(mean) != 1 or jnp.shape(precision) != (mean.shape[0],) * 2:
         raise ValueError(
             f"mean must be [d] and precision [d, d], got {jnp.shape(mean)} "
@@ -167,7 +180,7 @@ def gaussian(mean: Array, precision: Array, weight: float = 1.0) -> Prior:
 
     def value(inputs, context):
         del context
-        centered = inputs.reshape(inputs.shape[0], -1) - mean[None, :]
+        centered = flattened(inputs, mean.shape[0]) - mean[None, :]
         return 0.5 * weight * jnp.sum((centered @ precision) * centered)
 
     return value
@@ -187,8 +200,10 @@ def batch_norm_statistics(model: Model, weight: float, first_weight: float = 1.0
       The prior: the sum over layers of the L2 distances of means and of variances.
 
     Raises:
-      ValueError: the model has no batch norm.
+      ValueError: the model has no batch norm, a negative weight; at its use, statistics that neither
+        the observation nor the model knows.
     """
+    check_number("weight", weight, 0.0)
     if model.statistics is None:
         raise ValueError(f"batch_norm_statistics: the model {model.name} has no batch norm.")
 
@@ -225,7 +240,11 @@ def group_consistency(weight: float) -> Prior:
 
     Returns:
       The prior: `weight` times the mean squared distance.
+
+    Raises:
+      ValueError: a negative weight.
     """
+    check_number("weight", weight, 0.0)
     return lambda inputs, context: weight * jnp.mean(jnp.square(inputs - context.group))
 
 
@@ -237,13 +256,14 @@ def patch_border(weight: float, patch: int) -> Prior:
       patch: side of a patch, pixels.
 
     Returns:
-      The prior: root mean squared jumps between neighbouring patches, both directions.
+      The prior, of images `[B, H, W, C]`: `weight` times the root mean squared jump between pixels on
+      either side of a border, vertical plus horizontal.
 
     Raises:
-      ValueError: a patch smaller than one pixel.
+      ValueError: a patch smaller than one pixel, a negative weight.
     """
-    if patch < 1:
-        raise ValueError(f"patch must be at least 1 pixel, got {patch}.")
+    check_number("weight", weight, 0.0)
+    check_count("patch", patch, 1)
 
     def value(inputs, context):
         del context

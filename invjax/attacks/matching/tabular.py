@@ -16,8 +16,8 @@ from invjax import metrics
 from invjax.attacks.matching import objectives
 from invjax.attacks.matching.loop import Labels, State, gradient_matching
 from invjax.base import Array, Attack, Model, Observation, Reconstruction
+from invjax.checks import check_number
 from invjax.datasets.tabular import Categorical, Schema, check_inputs, decode, input_range
-from invjax.defenses.checks import check
 
 # Two values of a continuous column count as the same within this many standard deviations.
 TOLERANCE = 0.319
@@ -76,7 +76,7 @@ def tableak(
       ValueError: a number out of range; at its first use, an observation whose inputs are not of
         the schema's width.
     """
-    check("learning_rate", learning_rate, 0.0, open_low=True)
+    check_number("learning_rate", learning_rate, 0.0, open_low=True)
     settings: dict[str, Any] = {
         "objective": objectives.cosine(),
         "optimizer": optax.chain(optax.scale_by_sign(), optax.adam(learning_rate)),

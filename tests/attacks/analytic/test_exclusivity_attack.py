@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import nearest
 
 import invjax
 from invjax import models
@@ -71,18 +72,17 @@ def attacked(model, params, batches, grant=True, defense=None, **settings):
     return run(model, tuple(settings.items()), seen)
 
 
-def nearest(batches, result, transform=lambda x: x):
+def errors(batches, result, transform=lambda x: x):
     """`[V, S]`: mean squared error of every slot to the nearest sample, and whose sample that is."""
     truth = transform(np.asarray(batches.inputs).reshape(*batches.labels.shape, -1))
     mine = transform(np.asarray(result.inputs).reshape(*result.found.shape, -1))
-    error = ((truth[:, None] - mine[:, :, None]) ** 2).mean(axis=-1)
-    return error.min(axis=2), error.argmin(axis=2)
+    return nearest(mine, truth)
 
 
 def assert_exact(batches, result, below=1e-20, transform=lambda x: x):
     """Every sample came back, once, with its label."""
     for error, who, found, mine, labels in zip(
-        *nearest(batches, result, transform),
+        *errors(batches, result, transform),
         np.asarray(result.found),
         np.asarray(result.labels),
         np.asarray(batches.labels),
@@ -175,7 +175,7 @@ def test_the_published_scale_is_right_up_to_a_factor():
             batches = drawn((512,), 4, 3, bias=bias)
             result = attacked(*network((512,), bias=bias), batches, scale="paper")
             assert_exact(batches, result, transform=normalized)
-            error, _ = nearest(batches, result)
+            error, _ = errors(batches, result)
             assert error.max() > 1e-3 and result.diagnostics["mismatch"].max() > 1e-2
             assert result.objective.max() < 1e-12
         # With a scale that is only guessed the binary equation has no solution.
@@ -190,7 +190,7 @@ def test_a_sample_without_units_is_missing_and_that_shows():
     with jax.enable_x64(True):
         batches = drawn((256,), 8, 3, where=lambda counts: (counts[-1] < 2).sum() == 1)
         result = attacked(*network((256,)), batches, grant=False, max_samples=8)
-        error, who = nearest(batches, result)
+        error, who = errors(batches, result)
         said, found = result.diagnostics, np.asarray(result.found)
         assert (found.sum(axis=1) == 7).all() and (said["groups"] == 7).all()
         assert error[found].max() < 1e-20 and all(len(set(w)) >= 7 for w in who)
@@ -211,7 +211,7 @@ def test_a_hidden_layer_without_units_breaks_one_sample():
     with jax.enable_x64(True):
         (model, params), batches = network((256, 256)), drawn((256, 256), 6, 3, where=one_without)
         result = attacked(model, params, batches)
-        error, _ = nearest(batches, result)
+        error, _ = errors(batches, result)
         found = np.asarray(result.found)
         assert (found.sum(axis=1) == 5).all() and error[found].max() < 1e-20
         assert (result.diagnostics["groups"] == 6).all()
@@ -227,7 +227,7 @@ def test_what_is_found_is_right_on_any_batch():
         model, params = network(widths, double=False)
         batches = drawn(widths, size, 50, double=False, where=lambda counts: True)
         result = attacked(model, params, batches)
-        error, who = nearest(batches, result)
+        error, who = errors(batches, result)
         found, complete = np.asarray(result.found), np.asarray(result.diagnostics["complete"])
         assert least < found.mean() < 1 and error[found].max() < 1e-10
         labels = np.take_along_axis(np.asarray(batches.labels), who, axis=1)
@@ -264,7 +264,7 @@ def test_noise_that_is_allowed_for():
         rms = (squares / sum(leaf.size for leaf in leaves)) ** 0.5
         for relative, below, least in ((1e-5, 1e-9, 0.7), (1e-3, 5e-5, 0.5)):
             result, _ = noisy(relative * rms, relative * rms)
-            error, _ = nearest(batches, result)
+            error, _ = errors(batches, result)
             found = np.asarray(result.found)
             assert found.mean() > least and error[found].max() < below
             assert np.median(error) < below / 30
@@ -342,7 +342,7 @@ def blank(model, classes, size=4, local=None, gradient=True):
         ({"head_pattern": "guess"}, "head_pattern must be one of"),
         ({"noise": -1.0}, "noise must lie in"),
         ({"tolerance": 0.0}, "tolerance must lie in"),
-        ({"max_samples": 0}, "max_samples must lie in"),
+        ({"max_samples": 2.5}, "max_samples must be a whole number of at least 1, got 2.5"),
     ],
 )
 def test_settings_that_it_refuses(settings, message):

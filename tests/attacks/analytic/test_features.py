@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+from conftest import nearest
 
 import invjax
 from invjax import models
@@ -49,8 +50,7 @@ def errors(batches, result):
     """`[V, S]`: mean squared error of every slot to the nearest sample, and which that is."""
     truth = np.asarray(batches.inputs).reshape(*batches.labels.shape, -1)
     mine = np.asarray(result.inputs).reshape(*result.found.shape, -1)
-    error = ((truth[:, None] - mine[:, :, None]) ** 2).mean(axis=-1)
-    return error.min(axis=2), error.argmin(axis=2)
+    return nearest(mine, truth)
 
 
 def make_exclusivity(head):
@@ -161,6 +161,28 @@ def test_a_fully_connected_model_passes_through():
         assert result.found.all() and error.max() < 1e-20 and result.inputs.shape[2:] == SHAPE
 
 
+def test_a_flattening_with_an_activation_is_a_front():
+    """Its outputs are features, and no inputs: they are searched for."""
+    with jax.enable_x64(True):
+        head = [Spec("dense", 256, activation="relu"), Spec("dense", 10)]
+        model = chain_model([Spec("flatten", activation="sigmoid"), *head], 10, "net", "he")
+        params = jax.tree.map(
+            lambda leaf: leaf.astype(float), model.init(jax.random.key(0), (2, 2, 1))
+        )
+        truth = jnp.asarray(np.random.default_rng(0).random((2, 2, 2, 1)))
+        seen = invjax.observe(jax.random.key(1), model, params, invjax.Batch(truth, jnp.arange(2)))
+        features = exclusivity(model)(jax.random.key(2), seen).inputs
+        assert features.shape == (2, 4)
+        found = invert_features(
+            jax.random.key(0), model.layers(params)[:1], features, (2, 2, 1), (0.0, 1.0), restarts=1
+        )
+        error, _ = errors(
+            invjax.Batch(truth[None], jnp.arange(2)[None]),
+            invjax.Reconstruction(found.inputs[None], None, np.ones((1, 2)), None, {}),
+        )
+        assert found.determined.all() and error.max() < 1e-20
+
+
 def test_minimum_in_a_box_is_that_of_scipy():
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
@@ -206,8 +228,8 @@ def blank(model, shape, **facts):
 def test_what_it_refuses():
     model = network(conv(4), conv(4), width=8)
     for settings, message in (
-        ({"restarts": 0}, "restarts must lie in"),
-        ({"num_steps": 0}, "num_steps must lie in"),
+        ({"restarts": 0}, "restarts must be a whole number of at least 1"),
+        ({"num_steps": 0}, "num_steps must be a whole number of at least 1"),
         ({"total_variation": -1.0}, "total_variation must lie in"),
         ({"tolerance": 2.0}, "tolerance must lie in"),
     ):
@@ -220,6 +242,9 @@ def test_what_it_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             through_features(other, make_exclusivity)(jax.random.key(0), seen)
+    front = (Layer("flatten"),)
+    with pytest.raises(ValueError, match=r"features must be \[S, 64\].* got shape \(2, 32\)"):
+        invert_features(jax.random.key(0), front, jnp.zeros((2, 32)), SHAPE, (0.0, 1.0))
     # What the head's attack refuses, it refuses.
     bare = models.lenet()
     with pytest.raises(ValueError, match="needs a hidden dense layer"):

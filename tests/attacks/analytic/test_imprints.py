@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import nearest
 
 import invjax
 from invjax import Batch, LocalTraining, models
 from invjax.attacks.analytic import imprints
+from invjax.attacks.analytic.imprints.imprint import Rows, invert_rows
 from invjax.models.chain import Spec, chain_model
 
 SHAPE = (8, 8, 1)
@@ -49,9 +51,8 @@ def recovered(found, batch, below=1e-6):
     truth = np.asarray(batch.inputs).reshape(size, -1)
     slots = np.asarray(found.inputs).reshape(found.inputs.shape[0], -1)[found.found]
     labels = np.asarray(found.labels)[found.found]
-    distance = ((slots[:, None] - truth[None]) ** 2).mean(axis=-1)
-    assert (distance.min(axis=1, initial=np.inf) < below).all()
-    owner = distance.argmin(axis=1)
+    error, owner = nearest(slots, truth)
+    assert (error < below).all()
     assert len(set(owner)) == len(owner)
     np.testing.assert_array_equal(labels, np.asarray(batch.labels)[owner])
     return np.isin(np.arange(size), owner)
@@ -205,6 +206,29 @@ def test_loki_keeps_clients_apart_in_their_aggregate(steps, below):
             )
         recalls.append(single.mean())
     assert 0.6 < np.mean(recalls) <= 1
+
+
+def test_loki_need_not_know_how_many_samples_all_clients_have():
+    """They may be more than the slots of one client."""
+    model, params = network(8)
+    imprint = imprints.loki(model, SHAPE, 3, 16, location=0.3, scale=0.08, max_samples=2)
+    planted, batch = imprint.plant(jax.random.key(1), params), batch_of(3)
+    alone = jax.tree.map(lambda leaf: leaf[:, None], batch)
+    together = imprints.aggregate(
+        jax.vmap(functools.partial(observed, imprint.model))(planted, alone)
+    )
+    hidden = together._replace(facts=dataclasses.replace(together.facts, batch_size=None))
+    found = imprint.attack(jax.random.key(0), hidden)
+    assert found.inputs.shape == (6, *SHAPE)
+    assert recovered(found, batch).all()
+
+
+def test_a_row_that_is_not_finite_takes_no_slot_of_others():
+    unit = jnp.ones(1)
+    rows = Rows(jnp.asarray([[jnp.nan, 0.5]]), jnp.asarray([2.0, 1.0]), 0.0, 0 * unit, unit)
+    found = invert_rows(rows, None, None, (1, 2), 2, 1e-4)
+    np.testing.assert_array_equal(found.inputs, [[0.5], [0.0]])
+    np.testing.assert_array_equal(found.found, [True, False])
 
 
 @pytest.mark.parametrize("independent", [False, True])
@@ -401,13 +425,18 @@ def test_a_convolutional_front_is_made_to_pass_the_input_on():
     isolated = active[:, active.sum(axis=0) == 1].any(axis=1)
     assert isolated.sum() > 4
     np.testing.assert_array_equal(recovered(found, batch), isolated)
+    # What is below zero ends at the front's ReLU.
+    seen = observed(model, planted, batch)
+    facts = dataclasses.replace(seen.facts, input_range=(-1.0, 1.0))
+    with pytest.raises(ValueError, match=r"passes no values below zero on, .* from -1.0"):
+        imprint.attack(jax.random.key(0), seen._replace(facts=facts))
 
 
 def test_errors_name_what_is_wrong():
     model, params = network(8)
     key, fed = jax.random.key(0), imprints.robbing_the_fed
     for build, message in (
-        (lambda: fed(model, SHAPE, 0), "bins must be at least 1, got 0"),
+        (lambda: fed(model, SHAPE, 0), "bins must be a whole number of at least 1, got 0"),
         (lambda: fed(model, (), 4), "input_shape must have positive sides"),
         (lambda: fed(model, SHAPE, 4, "dense"), "variant must be one of"),
         (lambda: fed(model, SHAPE, 4, measurement="max"), "measurement must be one of"),
@@ -417,7 +446,16 @@ def test_errors_name_what_is_wrong():
         (lambda: imprints.loki(model, (64,), 2, 4), r"must be \(height, width, channels\)"),
         (lambda: imprints.loki(model, SHAPE, 2, 4, peak=0.0), "peak must lie in"),
         (lambda: imprints.trap_weights(model, SHAPE, scale=1.5), r"scale must lie in \(0.0, 1.0\]"),
-        (lambda: imprints.qbi(model, SHAPE, 1), r"batch_size must lie in \[2, inf\], got 1"),
+        (lambda: imprints.qbi(model, SHAPE, 1), "batch_size must be a whole number of at least 2"),
+        (lambda: imprints.qbi(model, SHAPE, 8, std=np.zeros(SHAPE)), "std must be positive"),
+        (lambda: imprints.pairs(model, SHAPE, 8, mean=np.zeros(64)), r"mean must be a number or"),
+        (lambda: imprints.trap_weights(model, SHAPE, tolerance=0.0), "tolerance must lie in"),
+        (lambda: fed(model, SHAPE, 4, tolerance=np.nan), "tolerance must lie in"),
+        (lambda: fed(model, SHAPE, 4, input_range=(1.0, 0.0)), "input_range must be"),
+        (
+            lambda: imprints.soliton_free(model, SHAPE, 8, input_range=(0.0, 0.0)),
+            "input_range must",
+        ),
         (lambda: imprints.soliton_free(model, SHAPE, 8, sigma=0.0), "sigma must lie in"),
         (lambda: imprints.robust_soliton(8, failure=1.0), "failure must lie in"),
         (lambda: fed(model, SHAPE, 4).plant(key, params), "robbing_the_fed plants by auxiliary"),
@@ -428,6 +466,14 @@ def test_errors_name_what_is_wrong():
         (
             lambda: imprints.soliton_data(model, (4, 16, 1), 8).plant(key, params, auxiliary(8)),
             r"auxiliary.inputs must be \[A, 4, 16, 1\], got \(8, 8, 8, 1\)",
+        ),
+        (
+            lambda: fed(model, SHAPE, 4).plant(key, params, auxiliary(1)),
+            "two samples or more, got 1",
+        ),
+        (
+            lambda: imprints.trap_weights(model, (4, 4, 1)).plant(key, params),
+            r"input_shape \(4, 4, 1\) gives the first dense layer of .* 16 values, it takes 64",
         ),
         (
             lambda: imprints.trap_weights(models.lenet(activation="relu"), SHAPE).plant(
@@ -460,7 +506,14 @@ def test_errors_name_what_is_wrong():
     ):
         with pytest.raises(ValueError, match=message):
             imprint.attack(key, seen._replace(facts=other))
+    levels = Batch(jnp.zeros((4, *SHAPE), jnp.uint8), jnp.arange(4))
+    with pytest.raises(TypeError, match=r"auxiliary.inputs must be floating point, got uint8"):
+        imprints.soliton_data(model, SHAPE, 4).plant(key, params, levels)
     loki = imprints.loki(model, SHAPE, 3, 4, location=0.3, scale=0.1)
     planted = jax.tree.map(lambda leaf: leaf[0], loki.plant(key, params))
+    one = observed(loki.model, planted, batch_of(4))
     with pytest.raises(ValueError, match="multiple of 3 clients, got 4"):
-        loki.attack(key, observed(loki.model, planted, batch_of(4)))
+        loki.attack(key, one)
+    for wrong in (one, one._replace(gradient=None)):
+        with pytest.raises(ValueError, match="stacked along a leading axis of clients"):
+            imprints.aggregate(wrong)

@@ -91,7 +91,7 @@ def test_errors_name_the_argument():
     pair = (weight, weight)
     with pytest.raises(ValueError, match=r"got \(8, 8, 3\) to \(4, 4, 3\)"):
         residual.undo_jointly(weight, weight, zero, zero, geometry(3, stride=2))
-    with pytest.raises(ValueError, match="slope must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"slope must lie in \(0.0, inf\), got 0"):
         residual.undo_by_signs(pair, pair, zero, zero, zero, shape, slope=0)
-    with pytest.raises(ValueError, match="max_rounds must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_rounds must be a whole number of at least 1, got 0"):
         residual.undo_by_signs(pair, pair, zero, zero, zero, shape, max_rounds=0)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import nearest
 
 import invjax
 from invjax import models, theory
@@ -52,21 +53,18 @@ def recovered(batches, found):
     results = (np.asarray(leaf) for leaf in (found.inputs, found.labels, found.found))
     for inputs, labels, mine, guesses, said in zip(*batches, *results, strict=True):
         truth = np.asarray(inputs).reshape(len(inputs), -1)
-        error = ((truth[:, None] - mine[said].reshape(1, said.sum(), truth.shape[1])) ** 2).mean(
-            axis=2
-        )
-        nearest = error.min(axis=1, initial=np.inf)
-        share.append((nearest < 1e-4).mean())
-        wrong += (error.min(axis=0, initial=np.inf) >= 1e-4).sum()
-        wrong += (np.asarray(labels)[error.argmin(axis=0)] != guesses[said]).sum()
+        certified = mine[said].reshape(said.sum(), truth.shape[1])
+        share.append((nearest(truth, certified)[0] < 1e-4).mean())
+        error, owner = nearest(certified, truth)
+        wrong += (error >= 1e-4).sum() + (np.asarray(labels)[owner] != guesses[said]).sum()
     return np.array(share), wrong
 
 
 def largest_error(batches, found):
     """Largest mean squared error of a sample, its reconstruction being the nearest one."""
-    truth = np.asarray(batches.inputs).reshape(*batches.labels.shape, 1, -1)
-    mine = np.asarray(found.inputs).reshape(found.inputs.shape[0], 1, found.inputs.shape[1], -1)
-    return ((truth - mine) ** 2).mean(axis=-1).min(axis=2).max()
+    truth = np.asarray(batches.inputs).reshape(*batches.labels.shape, -1)
+    mine = np.asarray(found.inputs).reshape(*found.inputs.shape[:2], -1)
+    return nearest(truth, mine)[0].max()
 
 
 def test_a_batch_of_32_comes_back():
@@ -197,10 +195,13 @@ def test_one_local_step_is_a_gradient():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="max_samples must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_samples must be a whole number of at least 1, got 0"):
         row_scan(models.mlp(), max_samples=0)
-    with pytest.raises(ValueError, match="tolerance must be positive, got 0"):
-        row_scan(models.mlp(), tolerance=0.0)
+    for tolerance in (0.0, np.inf):
+        with pytest.raises(
+            ValueError, match=rf"tolerance must lie in \(0.0, 1.0\], got {tolerance}"
+        ):
+            row_scan(models.mlp(), tolerance=tolerance)
     model = models.mlp((8,), bias=False)
     params = model.init(jax.random.key(0), SHAPE)
     batch = invjax.Batch(jnp.ones((1, *SHAPE)), jnp.zeros(1, int))

@@ -244,9 +244,9 @@ def test_the_batch_size_is_read_off_the_rank():
 
 def test_it_refuses_what_it_cannot_use():
     for settings, message in (
-        ({"batch_size": 0}, r"batch_size must lie in \[1, inf\], got 0"),
-        ({"num_steps": 0}, "num_steps must lie in"),
-        ({"draws": 0}, "draws must lie in"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"num_steps": 0}, "num_steps must be a whole number of at least 1"),
+        ({"draws": 0.5}, "draws must be a whole number of at least 1"),
         ({"sparsity": 0.0}, r"sparsity must lie in \(0.0, 1.0\), got 0.0"),
         ({"tolerance": 0.0}, r"tolerance must lie in \(0.0, 1.0\], got 0.0"),
     ):
@@ -265,5 +265,8 @@ def test_it_refuses_what_it_cannot_use():
     seen = observed(MODEL, params_of(), batch)
     local = LocalTraining(epochs=2, batch_size=3, learning_rate=0.1, num_samples=3)
     several = seen._replace(facts=dataclasses.replace(seen.facts, local=local))
-    with pytest.raises(ValueError, match="update of 2 local steps"):
-        attack_of()(key, several)
+    for refuse in (attack_of().check, lambda seen: batch_size_by_rank(MODEL, seen)):
+        with pytest.raises(ValueError, match="update of 2 local steps"):
+            refuse(several)
+    with pytest.raises(ValueError, match=r"tolerance must lie in \[0.0, 1.0\), got 2.0"):
+        batch_size_by_rank(MODEL, seen, tolerance=2.0)

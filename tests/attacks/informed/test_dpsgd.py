@@ -352,6 +352,8 @@ def test_predicted_quality_is_that_of_a_crafted_layer():
         ({"sampling_rate": 0.0}, "sampling_rate"),
         ({"sampling_rate": 1.5}, "sampling_rate"),
         ({"clip_norm": 0.0}, "clip_norm"),
+        ({"clip_norm": np.inf}, "clip_norm"),
+        ({"noise_multiplier": np.inf}, "noise_multiplier"),
         ({"noise_multiplier": -1.0}, "noise_multiplier"),
         ({"num_steps": 0}, "num_steps"),
         ({"sampling": "cyclic"}, "sampling"),
@@ -389,9 +391,50 @@ def test_refuses_what_does_not_fit():
         ):
             with pytest.raises(ValueError, match=message):
                 attack(known, other)
-    with pytest.raises(ValueError, match="candidates"):
-        other = PRIOR._replace(inputs=PRIOR.inputs[:, :4])
-        prior_aware(MODEL, seen, KNOWN, other, FULL)
+    narrow = PRIOR._replace(inputs=PRIOR.inputs[:, :4])
+    for call in (prior_aware, products):
+        with pytest.raises(ValueError, match="candidates"):
+            call(MODEL, seen, KNOWN, narrow, run)
+    with pytest.raises(ValueError, match=r"batch\.labels must lie in"):
+        prior_aware(MODEL, seen, KNOWN._replace(labels=KNOWN.labels + 1), PRIOR, run)
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.5, 1.5, np.nan, jnp.array(1.5)], ids=str)
+def test_refuses_a_sampling_rate_that_is_none(rate):
+    seen, _ = released("poisson")(KEY, 0.8)
+    run = RUNS["poisson"]._replace(sampling_rate=rate)
+    with pytest.raises(ValueError, match="sampling_rate must lie in"):
+        prior_aware(MODEL, seen, KNOWN, PRIOR, run)
+    found = Products(jnp.ones((4, 3)), jnp.ones((4, 3)))
+    for score in ("dot", "likelihood_ratio", "hidden", "epoch_max"):
+        with pytest.raises(ValueError, match="sampling_rate must lie in"):
+            scores(found, run, score)
+
+
+def test_refuses_a_sampling_rate_that_is_not_the_releases():
+    """It would take the wrong batch size, or deduct records that were not in the batch."""
+    (sampled, _), (full, _) = (released(name)(KEY, 0.8) for name in ("poisson", "full"))
+    for seen, run, words in (
+        (sampled, FULL, "got 1.0 with them"),
+        (full, RUNS["poisson"], "got 0.5 without them"),
+    ):
+        with pytest.raises(ValueError, match=f"run.sampling_rate must be below 1 where .* {words}"):
+            prior_aware(MODEL, seen, KNOWN, PRIOR, run)
+    # Who is not told the known records' steps may count them as noise.
+    untold = sampled._replace(known_members=None, included=None)
+    residuals(MODEL, untold, KNOWN, RUNS["poisson"], deduct_known=False)
+
+
+def test_scores_refuse_what_the_attack_refuses():
+    found = Products(jnp.ones((4, 3)), jnp.ones((4, 3)), jnp.ones(4, bool))
+    for run, score, words in (
+        (FULL, "cosine", "score"),
+        (FULL, "hidden", "reveals"),
+        (FULL._replace(noise_multiplier=0.0), "likelihood_ratio", "noise_multiplier"),
+        (FULL._replace(num_steps=5), "dot", "the release's 4 steps, got 5"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            scores(found, run, score)
 
 
 TRIALS, CANDIDATES = 400, 8

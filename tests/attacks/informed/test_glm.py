@@ -280,6 +280,17 @@ class TestWithoutIntercept:
             assert found.labels[0] == unit.labels[target] and found.found[0]
             assert found.objective < 1e-10
 
+    def test_a_label_tells_a_record_from_its_mirror_image(self):
+        """Where there is no box to do so."""
+        inputs = np.random.default_rng(0).normal(size=(30, 4))
+        unit = Batch(inputs / np.linalg.norm(inputs, axis=1, keepdims=True), np.arange(30) % 2)
+        model = glm.fit(unit, "logistic", penalty=1.0, intercept=False)
+        for target in range(2):
+            known = Batch(*(np.delete(leaf, target, axis=0) for leaf in unit))
+            found = glm.reconstruct(model, known, norm=1.0, label=unit.labels[target])
+            assert np.abs(found.inputs[0] - unit.inputs[target]).max() < 1e-10
+            assert found.labels[0] == unit.labels[target] and found.found[0]
+
     def test_softmax_has_one_root(self):
         data = few_classes(300)
         model = glm.fit(data, "softmax", penalty=1.5, num_classes=4, intercept=False)
@@ -423,12 +434,16 @@ RECORDS = Batch(np.ones((4, 3)), np.array([0, 1, 1, 0]))
         (tiny(), Batch(RECORDS.inputs, RECORDS.labels * 2), {}, "0 or 1"),
         (tiny("softmax"), Batch(RECORDS.inputs, RECORDS.labels * 2), {}, "0 to 1"),
         (tiny("poisson"), Batch(RECORDS.inputs, RECORDS.labels - 1.0), {}, "numbers from 0"),
+        (tiny(), Batch(RECORDS.inputs * np.nan, RECORDS.labels), {}, "inputs must be finite"),
         (tiny(), Batch(RECORDS.inputs, RECORDS.labels[:3]), {}, "a label each"),
         (tiny(), Batch(RECORDS.inputs[:0], RECORDS.labels[:0]), {}, "at least 1 records"),
         (tiny("linear", intercept=None), RECORDS, {}, "label or its norm"),
         (tiny("poisson", intercept=None), RECORDS, {}, "label or its norm"),
         (tiny("softmax", intercept=None), RECORDS, {}, "at least 3 classes"),
         (tiny(intercept=None), RECORDS, {"norm": 0.0}, "norm"),
+        (tiny(intercept=None), RECORDS, {"label": 2}, "0 or 1, got 2"),
+        (tiny(), RECORDS, {"input_range": (1.0, 0.0)}, "input_range must be"),
+        (tiny(), RECORDS, {"tolerance": -1.0}, "tolerance"),
     ],
 )
 def test_what_cannot_be_attacked_is_refused(model, known, settings, message):
@@ -449,6 +464,14 @@ def test_what_cannot_be_attacked_is_refused(model, known, settings, message):
 def test_what_cannot_be_trained_is_refused(family, settings, message):
     with pytest.raises(ValueError, match=message):
         glm.fit(RECORDS, family, **settings)
+
+
+def test_inputs_that_are_not_finite_are_refused():
+    """Newton's method would end where it began, at weights of zero."""
+    for value in (np.nan, np.inf):
+        broken = Batch(np.where(np.eye(4, 3) > 0, value, 1.0), RECORDS.labels)
+        with pytest.raises(ValueError, match="inputs must be finite"):
+            glm.fit(broken, "logistic")
 
 
 def test_a_record_without_a_residual_is_not_found():

@@ -152,6 +152,8 @@ def test_errors():
         reconstructor.ridge(weights, inputs[:3])
     with pytest.raises(ValueError, match="strength must lie in"):
         reconstructor.ridge(weights, inputs, strength=0.0)
+    with pytest.raises(ValueError, match="value_range must be"):
+        reconstructor.ridge(weights, inputs, value_range=(1.0, 0.0))
     for name in ("batch_size", "epochs"):
         with pytest.raises(ValueError, match=f"{name} must lie in"):
             reconstructor.network(jax.random.key(0), weights, inputs, **{name: 0})

@@ -170,6 +170,8 @@ def test_a_known_label_a_box_and_a_pool_without_the_class(small, released):
         ({"tolerance": -1.0}, "tolerance"),
         ({"released": {"other": jnp.zeros(3)}}, "released must be weights"),
         ({"pool": Batch(jnp.zeros((3, 8, 8, 1)), jnp.zeros(3, int))}, "pool must hold"),
+        ({"input_range": (1.0, 0.0)}, "input_range must be"),
+        ({"known": Batch(jnp.zeros((3, 4, 4, 1), int), jnp.zeros(3, int))}, "floating point"),
     ],
 )
 def test_what_cannot_be_attacked_is_refused(small, changes, message):
@@ -179,7 +181,7 @@ def test_what_cannot_be_attacked_is_refused(small, changes, message):
         "pool": small.pool,
         "num_classes": 10,
     }
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         unrolled(small.train, **(arguments | changes))
 
 

@@ -1,5 +1,7 @@
 """The Bayes-optimal adversary against closed forms: linear-Gaussian posteriors, mass in a ball, risk."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ import scipy.stats
 import invjax
 from invjax import attacks, priors
 from invjax.attacks.matching.ball import Ball, over_ball, sample_ball
-from invjax.base import Facts, Observation
+from invjax.base import Facts, LocalTraining, Observation
 
 D, P, STD = 8, 20, 0.5
 RNG = np.random.default_rng(0)
@@ -32,10 +34,12 @@ def linear_model(matrix=A, shift=None):
     return invjax.Model(lambda key, shape: jnp.zeros(len(matrix)), apply, loss, 1, "linear")
 
 
-def posterior(gradient):
-    precision = np.linalg.inv(COVARIANCE) + A.T @ A / STD**2
+def posterior(gradient, scale=1.0):
+    matrix = scale * A
+    precision = np.linalg.inv(COVARIANCE) + matrix.T @ matrix / STD**2
     covariance = np.linalg.inv(precision)
-    right = (np.linalg.inv(COVARIANCE) @ MEAN)[:, None] + A.T @ np.atleast_2d(gradient).T / STD**2
+    prior = (np.linalg.inv(COVARIANCE) @ MEAN)[:, None]
+    right = prior + matrix.T @ np.atleast_2d(gradient).T / STD**2
     return (covariance @ right).T, covariance
 
 
@@ -100,6 +104,17 @@ def test_in_single_precision():
     _, observation = draw(jax.random.key(1))
     found = bayes(jnp.float32)(jax.random.key(2), observation).inputs
     np.testing.assert_allclose(found, posterior(observation.gradient)[0], atol=1e-3)
+
+
+def test_the_noise_of_a_federated_update_is_on_its_own_scale():
+    """Two local steps at rate 0.1 move the weights of a linear loss by a fifth of its gradient."""
+    local = LocalTraining(epochs=2, batch_size=1, learning_rate=0.1, num_samples=1)
+    _, seen = draw(jax.random.key(1))
+    seen = seen._replace(facts=dataclasses.replace(seen.facts, local=local))
+    state = bayes(jnp.float32).init(jax.random.key(2), seen)
+    mean, covariance = posterior(seen.gradient, scale=0.2)
+    expected = np.linalg.solve(covariance, state.variables["inputs"][0, 0] - mean[0])
+    np.testing.assert_allclose(state.gradient["inputs"][0, 0], expected, rtol=1e-3, atol=1e-3)
 
 
 def closed_form(estimate):
@@ -288,6 +303,8 @@ def test_annealing_ends_at_weight_one():
         ({"mode": "jensen", "delta": 1.0, "num_samples": 3}, "even"),
         ({"mode": "exact_mc", "delta": 1.0, "num_samples": 0}, "num_samples"),
         ({"schedule": "papers"}, "schedule"),
+        ({"learning_rate": -0.1}, "learning_rate must lie in"),
+        ({"num_steps": 0}, "num_steps must be a whole number"),
     ],
 )
 def test_errors(settings, message):

@@ -382,6 +382,7 @@ def test_what_the_factories_refuse(small):
         ({"orders": "learned", "copies": "per_epoch"}, "needs copies='shared'"),
         ({"order_prior": -1.0}, "weight must lie in"),
         ({"order_rate": -1.0}, "order_rate must lie in"),
+        ({"learning_rate": 0.0}, "learning_rate must lie in"),
         ({"objective": per_sample}, "objective must compare updates"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -423,7 +424,8 @@ def test_which_rounds_are_refused(small, name):
 
 def test_orders_and_copies_of_another_size(small):
     model, local, batch, observation, orders = small
-    with pytest.raises(ValueError, match="orders must be"):
-        federated.simulate(model, observation.params, batch, local, orders[:1])
+    for wrong, message in ((orders[:1], "orders must be"), (orders + 1, "permutations of 0 to 3")):
+        with pytest.raises(ValueError, match=message):
+            federated.simulate(model, observation.params, batch, local, wrong)
     with pytest.raises(ValueError, match=r"batch.inputs must hold local.num_samples = 4"):
         federated.simulate(model, observation.params, Batch(*(a[:3] for a in batch)), local)

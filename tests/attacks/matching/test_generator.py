@@ -74,8 +74,8 @@ def test_its_weights_are_optimised_in_place_of_pixels(key):
     [
         ({"input_shape": (64,)}, r"input_shape must be \(height, width, channels\)"),
         ({"levels": 3}, "levels must be between 0 and 2 for 8x4, got 3"),
-        ({"width": 0}, "width must be at least 1, got 0"),
-        ({"channels": 0}, "channels must be at least 1, got 0"),
+        ({"width": 0}, "width must be a whole number of at least 1, got 0"),
+        ({"channels": 0}, "channels must be a whole number of at least 1, got 0"),
     ],
 )
 def test_errors_name_what_is_wrong(settings, message):

@@ -139,6 +139,7 @@ def test_dropped_layers_do_not_count():
     [
         (lambda: likelihoods.gaussian(0.0), "std"),
         (lambda: likelihoods.gaussian({"a": -1.0}), "std"),
+        (lambda: likelihoods.gaussian({"a": np.array([1.0, 0.0])}), "std"),
         (lambda: likelihoods.laplace(-1.0), "scale"),
         (lambda: likelihoods.von_mises_fisher(0.0), "concentration"),
         (lambda: likelihoods.spike_and_slab(0.1, 1.0), "fraction"),

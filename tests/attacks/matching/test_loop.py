@@ -11,6 +11,7 @@ import pytest
 
 import invjax
 from invjax import Batch, attacks, driver, metrics, priors
+from invjax.attacks.matching.loop import uniform_box
 
 SHAPE = (8, 8, 1)
 
@@ -195,20 +196,27 @@ def test_diverging_restart_does_not_spoil_the_others(small):
     )
     state = attack.init(jax.random.key(0), observation)
     inputs = state.variables["inputs"].at[0].set(jnp.nan)
-    state = (
-        dataclasses.replace(state)
-        if dataclasses.is_dataclass(state)
-        else state._replace(
-            variables={"inputs": inputs},
-            value=state.value.at[0].set(jnp.nan),
-            best_value=state.best_value.at[0].set(jnp.nan),
-            finished=jnp.array([True, False]),
-        )
+    state = state._replace(
+        variables={"inputs": inputs},
+        value=state.value.at[0].set(jnp.nan),
+        best_value=state.best_value.at[0].set(jnp.nan),
+        finished=jnp.array([True, False]),
     )
     for _ in range(5):
         state = attack.step(observation, state)
     result = attack.result(observation, state)
     assert result.found.all() and result.diagnostics["restart"] == 1
+
+
+def test_uniform_starts_fill_the_range_of_every_channel():
+    facts = invjax.base.Facts(
+        input_shape=(4, 4, 2), num_classes=2, input_range=((0.0, -1.0), (1.0, 3.0))
+    )
+    observation = invjax.Observation(None, None, facts)
+    inputs = uniform_box()(jax.random.key(0), (9, 4, 4, 2), observation)
+    low, high = inputs.min(axis=(0, 1, 2)), inputs.max(axis=(0, 1, 2))
+    np.testing.assert_allclose(low, [0, -1], atol=0.1)
+    np.testing.assert_allclose(high, [1, 3], atol=0.1)
 
 
 def test_unknown_batch_size(small):
@@ -308,7 +316,9 @@ def test_both_ways_of_stepping_agree(setting):
     [
         ({"num_steps": 0}, "num_steps"),
         ({"restarts": 0}, "restarts"),
+        ({"restarts": 1.5}, "restarts"),
         ({"patience": 0}, "patience"),
+        ({"tolerance": -0.1}, "tolerance"),
         ({"labels": "guessed"}, "labels"),
     ],
 )
@@ -354,3 +364,5 @@ def test_attacks_by_name(small):
         attacks.by_name("dlgg", model, none)
     with pytest.raises(ValueError, match="Name one"):
         attacks.by_name("dlg,idlg", model, none)
+    with pytest.raises(ValueError, match="Name one"):
+        attacks.needs_labels("dlg,idlg")

@@ -72,6 +72,16 @@ def test_cosine_of_a_zero_gradient_is_finite(objective):
     assert np.isfinite(value) and np.isfinite(flat(slope)).all()
 
 
+@pytest.mark.parametrize("objective", [objectives.cosine(), objectives.cosine_per_layer()])
+def test_cosine_does_not_see_lengths(objective):
+    """A trained network's gradients are small; so are federated updates."""
+    small = OBSERVED._replace(gradient=jax.tree.map(lambda leaf: 1e-9 * leaf, B))
+    expected = objective.value(A, OBSERVED)
+    for factor in (1.0, 1e-9):
+        candidate = jax.tree.map(lambda leaf, factor=factor: factor * leaf, A)
+        np.testing.assert_allclose(objective.value(candidate, small), expected, rtol=1e-5)
+
+
 IMAGE = jnp.arange(36.0).reshape(1, 6, 6, 1) ** 1.5 / 100
 CONTEXT = Context(OBSERVED, group=jnp.zeros((1, 6, 6, 1)))
 
@@ -157,6 +167,12 @@ def test_box_per_channel():
     [
         lambda: priors.total_variation(1.0, "smooth"),
         lambda: priors.total_variation(1.0)(jnp.ones((2, 5)), CONTEXT),
+        lambda: priors.total_variation(1.0)(jnp.ones((2, 1, 5, 3)), CONTEXT),
+        lambda: priors.l2(-1.0),
+        lambda: objectives.squared_l2_and_l1(-1.0),
+        lambda: objectives.matched(invjax.chain(), slack=0.0),
+        lambda: priors.gaussian(jnp.ones(4), jnp.eye(4))(jnp.ones((2, 5)), CONTEXT),
+        lambda: priors.gaussian(jnp.ones(1), jnp.eye(1))(jnp.ones((2, 5)), CONTEXT),
         lambda: priors.gaussian(jnp.ones(3), jnp.ones((2, 2))),
         lambda: priors.patch_border(1.0, 0),
     ],

@@ -12,16 +12,15 @@ from invjax.attacks.analytic.imprints.imprint import (
     Rows,
     auxiliary_inputs,
     check_settings,
-    exact_tolerance,
-    flat_range,
     implied_bias,
-    invert_rows,
+    read_rows,
     row_attack,
 )
 from invjax.base import Array, Batch, Bound, Model, Observation, Params, Reconstruction
-from invjax.defenses.checks import check, choose
+from invjax.checks import check_choice, check_number
 from invjax.models.losses import cross_entropy
 from invjax.observe import per_step_gradient
+from invjax.ranges import check_range, flat_bounds
 
 Variant = Literal["plain", "sparse", "one_shot"]
 Measurement = Literal["mean", "dct", "random"]
@@ -63,11 +62,11 @@ def robbing_the_fed(
       input_shape: shape of one input.
       bins: bins, units of the block. For `one_shot`, the bin holds one `bins`-th of the law.
       variant: `plain`; `sparse`: units that saturate at the next cut (a hardtanh), so that each row is
-        a bin by itself, which bears noise and local training better; or `one_shot`: two units around
+        a bin by itself, to which noise is added once and not twice; or `one_shot`: two units around
         one bin, for one sample out of a large batch.
       measurement: `mean` of the input, `dct`, one of its cosine coefficients, or `random`, a normal
         projection.
-      input_range: lowest and highest value of an input.
+      input_range: lowest and highest value of an input, each one number or one per channel.
       location: mean of the measurement over the data; of the auxiliary data where `None`.
       scale: its standard deviation; of the auxiliary data where `None`.
       mode: which coefficient of the flattened input `dct` takes, from 1.
@@ -77,23 +76,21 @@ def robbing_the_fed(
         precision and 1e-4 for single.
 
     Returns:
-      The imprint. Parameters are a dict of `rows`, `back` and `base`. A candidate is `found` where it
-      lies in the input range and, passed forward and backward with some label (which is
-      returned), gives the bias gradient of its bin: a sample alone passes, and a mixture does only by
-      chance. Under noise nothing passes; candidates are then in the slots all the same, by strength.
+      The imprint. Parameters are a dict of `rows`, `back` and `base`. A sample alone in its bin is
+      found.
 
     Raises:
       ValueError: a setting out of range, an unknown variant or measurement, a location without a scale;
-        when planting, neither these nor auxiliary data; at the attack's use, several local steps.
+        when planting, neither these nor two auxiliary samples; at the attack's use, inputs of another
+        shape, or several local steps.
+      TypeError: when planting, auxiliary inputs that are not floats.
     """
-    shape = check_settings(model, input_shape, bins=bins, max_samples=max_samples)
-    choose("variant", variant, get_args(Variant))
-    choose("measurement", measurement, get_args(Measurement))
-    check("target", target, 0.0, 1.0, open_low=True, open_high=True)
-    if (location is None) != (scale is None):
-        raise ValueError(f"Give both or none of location and scale, got {location} and {scale}.")
-    if scale is not None:
-        check("scale", scale, 0.0, open_low=True)
+    shape = check_settings(model, input_shape, tolerance, bins=bins, max_samples=max_samples)
+    check_choice("variant", variant, get_args(Variant))
+    check_choice("measurement", measurement, get_args(Measurement))
+    check_number("target", target, 0.0, 1.0, open_low=True, open_high=True)
+    check_range(input_range)
+    check_law(location, scale)
     size = math.prod(shape)
     if measurement == "dct" and not 1 <= mode < size:
         raise ValueError(f"mode must lie in [1, {size - 1}], got {mode}.")
@@ -104,16 +101,12 @@ def robbing_the_fed(
         measure_key, back_key = jax.random.split(key)
         dtype = jnp.result_type(*jax.tree.leaves(params))
         direction = measuring(measure_key, measurement, size, mode).astype(dtype)
-        if location is None or scale is None:
-            values = auxiliary_inputs(auxiliary, shape, "robbing_the_fed") @ direction
-            law = values.mean(), values.std()
-        else:
-            law = location, scale
+        law = measured_law(location, scale, direction, auxiliary, shape, "robbing_the_fed")
         shares = jnp.arange(1, bins, dtype=dtype) / bins
         if variant == "one_shot":
             shares = jnp.clip(target + jnp.asarray([-0.5, 0.5], dtype) / bins, 1e-6, 1 - 1e-6)
         cuts = quantile(measurement, shares, *law)
-        low, high = flat_range(input_range, shape, dtype)
+        low, high = flat_bounds(input_range, shape, dtype)
         least = jnp.minimum(direction * low, direction * high).sum()
         most = jnp.maximum(direction * low, direction * high).sum()
         if variant != "one_shot":
@@ -128,9 +121,9 @@ def robbing_the_fed(
     block = block_model(model, shape, units, sparse)
 
     def invert(observation: Observation) -> Reconstruction:
-        params, gradient = observation.params, per_step_gradient(observation)["rows"]
+        params, facts = observation.params, observation.facts
+        gradient = per_step_gradient(observation)["rows"]
         weight, bias = gradient["kernel"], gradient["bias"]
-        slots = observation.facts.batch_size or max_samples
         number = 1 if variant == "one_shot" else units
         directions = bin_directions(units, sparse, bias.dtype)[:number]
 
@@ -141,29 +134,41 @@ def robbing_the_fed(
                 directions,
             )
 
-        eps = jnp.finfo(bias.dtype).eps
-        found = invert_rows(
-            Rows(
-                weight @ directions.T,
-                directions @ bias,
-                8 * eps * jnp.abs(bias).max(),
-                *flat_range(observation.facts.input_range, shape, bias.dtype),
-            ),
-            implied,
-            None,
-            observation.facts.batch_size,
-            slots,
-            exact_tolerance(bias.dtype, tolerance),
+        rows = Rows(
+            weight @ directions.T,
+            directions @ bias,
+            # Of all units, because differences round as their terms do.
+            8 * jnp.finfo(bias.dtype).eps * jnp.abs(bias).max(),
+            *flat_bounds(facts.input_range, shape, bias.dtype),
         )
-        return Reconstruction(
-            found.inputs.reshape((slots, *shape)),
-            found.labels,
-            found.found,
-            found.objective,
-            {"rows": found.rows, "certified": found.certified},
-        )
+        return read_rows(rows, implied, facts, max_samples, tolerance)
 
     return Imprint(block, plant, row_attack(block, invert, shape, "robbing_the_fed"))
+
+
+def check_law(location: float | None, scale: float | None) -> None:
+    """Refuse half a law of a measurement, or a spread that is none."""
+    if (location is None) != (scale is None):
+        raise ValueError(f"Give both or none of location and scale, got {location} and {scale}.")
+    if location is not None:
+        check_number("location", location, -math.inf)
+    if scale is not None:
+        check_number("scale", scale, 0.0, open_low=True)
+
+
+def measured_law(
+    location: float | None,
+    scale: float | None,
+    direction: Array,
+    auxiliary: Batch | None,
+    shape: tuple[int, ...],
+    name: str,
+) -> tuple[Array | float, Array | float]:
+    """Mean and standard deviation of a measurement: those given, or else those of auxiliary data."""
+    if location is not None and scale is not None:
+        return location, scale
+    values = auxiliary_inputs(auxiliary, shape, name).astype(direction.dtype) @ direction
+    return values.mean(), values.std()
 
 
 def measuring(key: Array, measurement: str, size: int, mode: int) -> Array:

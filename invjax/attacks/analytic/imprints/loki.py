@@ -12,26 +12,27 @@ from invjax.attacks.analytic.imprints.binning import (
     bin_directions,
     binning_layer,
     block_tail,
+    check_law,
     close_below,
     dense,
     fronted,
+    measured_law,
     quantile,
 )
 from invjax.attacks.analytic.imprints.imprint import (
     Imprint,
     Inverted,
     Rows,
-    auxiliary_inputs,
     check_settings,
     exact_tolerance,
-    flat_range,
     implied_bias,
     invert_rows,
     row_attack,
 )
 from invjax.base import Array, Batch, Model, Observation, Params, Reconstruction
-from invjax.defenses.checks import check
+from invjax.checks import check_number
 from invjax.observe import per_step_gradient
+from invjax.ranges import flat_bounds
 
 
 def loki(
@@ -81,34 +82,32 @@ def loki(
     Returns:
       The imprint. `plant` returns parameters with a leading axis of clients, each client's own along
       it: `jax.vmap` `observe` over them, and `aggregate` what comes out. Slots are client by client.
-      `found` after one step is a certificate as in `robbing_the_fed`, and false for an image
-      that does not reach `peak`. After several steps it says that a candidate lies in the range and
-      that its brightness fits its bin: a mixture of two images of a client in one bin may pass, and
-      labels are -1.
+      `found` is false for an image that does not reach `peak`. With `local_steps` it says that a
+      candidate lies in the range and that its brightness fits its bin: a mixture of two images of a
+      client in one bin may pass, and labels are -1. The objective is the mean of the clients';
+      `rows` and `certified` are `[clients]`.
 
     Raises:
       ValueError: a setting out of range, a location without a scale, inputs that are no images; when
-        planting, neither these nor auxiliary data; at the attack's use, a batch size that the clients
-        do not divide, or several local steps of a model without hardtanh.
+        planting, neither these nor two auxiliary samples; at the attack's use, inputs of another
+        shape, a batch size that the clients do not divide, or several local steps of a model without
+        hardtanh.
+      TypeError: when planting, auxiliary inputs that are not floats.
     """
-    shape = check_settings(model, input_shape, clients=clients, bins=bins, max_samples=max_samples)
+    shape = check_settings(
+        model, input_shape, tolerance, clients=clients, bins=bins, max_samples=max_samples
+    )
     if len(shape) != 3:
         raise ValueError(f"input_shape must be (height, width, channels), got {shape}.")
-    if (location is None) != (scale is None):
-        raise ValueError(f"Give both or none of location and scale, got {location} and {scale}.")
-    for name, value in (("scale", scale), ("peak", peak), ("kernel_scale", kernel_scale)):
-        if value is not None:
-            check(name, value, 0.0, open_low=True)
+    check_law(location, scale)
+    check_number("peak", peak, 0.0, open_low=True)
+    check_number("kernel_scale", kernel_scale, 0.0, open_low=True)
     size, channels = math.prod(shape), shape[2]
 
     def plant(key: Array, params: Params, auxiliary: Batch | None = None) -> Params:
         dtype = jnp.result_type(*jax.tree.leaves(params))
         direction = jnp.full(size, 1 / size, dtype)
-        if location is None or scale is None:
-            brightness = auxiliary_inputs(auxiliary, shape, "loki") @ direction
-            law = brightness.mean(), brightness.std()
-        else:
-            law = location, scale
+        law = measured_law(location, scale, direction, auxiliary, shape, "loki")
         shares = jnp.arange(1, bins, dtype=dtype) / bins
         cuts = close_below(quantile("mean", shares, *law), jnp.zeros((), dtype))
         rows, reach = binning_layer(direction, cuts, jnp.ones((), dtype), local_steps)
@@ -152,7 +151,8 @@ def loki(
         directions = bin_directions(bins, local_steps, gradient["rows"]["bias"].dtype)
         blocks = blocked(gradient["rows"]["kernel"]) / kernel_scale @ directions.T
         slots = max_samples if facts.batch_size is None else facts.batch_size // clients
-        low, high = flat_range(facts.input_range, shape, blocks.dtype)
+        sizes = (facts.batch_size or 1, clients * slots)
+        low, high = flat_bounds(facts.input_range, shape, blocks.dtype)
         first = kernel_scale * blocked(params["rows"]["kernel"])[0]
 
         def values_of(inputs: Array) -> Array:
@@ -179,7 +179,7 @@ def loki(
                 Rows(weight, bias, floor, low, high),
                 None if local_steps else implied,
                 inside if local_steps else None,
-                facts.batch_size,
+                sizes,
                 slots,
                 exact_tolerance(weight.dtype, tolerance),
             )
@@ -198,19 +198,17 @@ def loki(
         kernel = kernel.reshape(*shape[:2], clients, channels, bins)
         return jnp.moveaxis(kernel, 2, 0).reshape(clients, size, bins)
 
-    attack = row_attack(block, invert, shape, "loki", several_steps=local_steps)
-    whole = attack.check
-
     def check_clients(observation: Observation) -> None:
-        assert whole is not None
-        whole(observation)
         total = observation.facts.batch_size
         if total is not None and total % clients:
             raise ValueError(
                 f"The observation's batch_size must be a multiple of {clients} clients, got {total}."
             )
 
-    return Imprint(block, plant, dataclasses.replace(attack, check=check_clients))
+    attack = row_attack(
+        block, invert, shape, "loki", several_steps=local_steps, further=check_clients
+    )
+    return Imprint(block, plant, attack)
 
 
 def aggregate(observations: Observation) -> Observation:
@@ -223,8 +221,17 @@ def aggregate(observations: Observation) -> Observation:
     Returns:
       One observation of all clients' samples together, at the first client's parameters. Labels that
       were granted are joined; nothing else of the clients stays.
+
+    Raises:
+      ValueError: no gradient, or leaves without one leading axis of clients.
     """
-    clients = jax.tree.leaves(observations.gradient)[0].shape[0]
+    sides = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(observations.gradient)}
+    if len(sides) != 1 or () in sides:
+        raise ValueError(
+            "observations must have gradients stacked along a leading axis of clients, got leaves of "
+            f"the leading sides {sorted(sides)}."
+        )
+    ((clients,),) = sides
     facts, labels = observations.facts, observations.labels
     size = None if facts.batch_size is None else clients * facts.batch_size
     return Observation(

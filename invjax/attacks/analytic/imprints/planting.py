@@ -1,36 +1,35 @@
 """Imprints in the first dense layer of a model as it is: planting, and reading its rows."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from invjax.attacks.analytic.imprints.imprint import (
     Imprint,
     Rows,
-    auxiliary_inputs,
-    exact_tolerance,
-    flat_range,
+    check_settings,
     implied_bias,
-    invert_rows,
+    read_rows,
     row_attack,
 )
 from invjax.attacks.analytic.row_scan import row_scan
-from invjax.base import Array, Batch, Model, Observation, Params, Reconstruction
+from invjax.base import Array, Batch, Layer, Model, Observation, Params, Reconstruction
 from invjax.models.layers import Layers, apply_layers, split_at_head
 from invjax.observe import per_step_gradient
+from invjax.ranges import flat_bounds
 
-Draw = Callable[[Array, int, int, Array | None], tuple[Array, Array]]
+Draw = Callable[[Array, tuple[int, ...], int, Batch | None], tuple[Array, Array]]
 
 
 def dense_imprint(
     model: Model,
-    shape: tuple[int, ...],
+    input_shape: Sequence[int],
     draw: Draw,
     name: str,
     *,
-    informed: bool,
     cascade: bool,
     max_samples: int,
     tolerance: float | None,
@@ -42,25 +41,33 @@ def dense_imprint(
     Args:
       model: a model that ends in dense ReLU layers, one hidden at least; before them stand nothing but
         a flattening, or convolutions of stride 1 that keep the size.
-      shape: shape of one input.
-      draw: `draw(key, d, units, auxiliary [A, d] or None) -> (weight [d, units], bias [units])`.
+      input_shape: shape of one input.
+      draw: `draw(key, input_shape, units, auxiliary) -> (weight [d, units], bias [units])`.
       name: for messages.
-      informed: whether the draw needs auxiliary data.
       cascade: whether the attack is `row_scan` with its cascade.
       max_samples: slots, where the batch size is not known.
       tolerance: of the certificates.
 
     Returns:
       The imprint.
+
+    Raises:
+      ValueError: a single logit, an empty shape, a number out of range.
     """
+    shape = check_settings(model, input_shape, tolerance, max_samples=max_samples)
     size = math.prod(shape)
 
     def plant(key: Array, params: Params, auxiliary: Batch | None = None) -> Params:
         front, head = split_at_head(model, params)
         old_weight, old_bias = hidden_layer(model, head)
         channels = passed_channels(model, front, shape)
-        data = auxiliary_inputs(auxiliary, shape, name) if informed else None
-        weight, bias = draw(key, size, old_bias.size, data)
+        entries = size // shape[-1] * channels if channels else size
+        if old_weight.shape[0] != entries:
+            raise ValueError(
+                f"input_shape {shape} gives the first dense layer of {model.name} {entries} values, "
+                f"it takes {old_weight.shape[0]}."
+            )
+        weight, bias = draw(key, shape, old_bias.size, auxiliary)
         if channels:
             weight = weight.reshape(*shape, -1)
             weight = jnp.pad(weight, ((0, 0), (0, 0), (0, channels - shape[2]), (0, 0)))
@@ -75,11 +82,8 @@ def dense_imprint(
     def invert(observation: Observation) -> Reconstruction:
         front, head = split_at_head(model, observation.params)
         kernel, offset = hidden_layer(model, head)
-        gradient = per_step_gradient(observation)
-        weight, bias = hidden_layer(model, split_at_head(model, gradient)[1])
+        weight, bias = hidden_layer(model, split_at_head(model, per_step_gradient(observation))[1])
         channels = passed_channels(model, front, shape)
-        facts, eps = observation.facts, jnp.finfo(bias.dtype).eps
-        slots = facts.batch_size or max_samples
         if channels:
             weight, kernel = (
                 side.reshape(*shape[:2], channels, -1)[:, :, : shape[2]].reshape(size, -1)
@@ -93,31 +97,24 @@ def dense_imprint(
                 jnp.eye(bias.size, dtype=weight.dtype),
             )
 
-        found = invert_rows(
-            Rows(
-                weight,
-                bias,
-                8 * eps * jnp.abs(bias).max(),
-                *flat_range(facts.input_range, shape, weight.dtype),
-            ),
-            implied,
-            None,
-            facts.batch_size,
-            slots,
-            exact_tolerance(weight.dtype, tolerance),
-        )
-        return Reconstruction(
-            found.inputs.reshape((slots, *shape)),
-            found.labels,
-            found.found,
-            found.objective,
-            {"rows": found.rows, "certified": found.certified},
-        )
+        facts, eps = observation.facts, jnp.finfo(bias.dtype).eps
+        floor = 8 * eps * jnp.abs(bias).max()
+        rows = Rows(weight, bias, floor, *flat_bounds(facts.input_range, shape, weight.dtype))
+        return read_rows(rows, implied, facts, max_samples, tolerance)
+
+    def check_front(observation: Observation) -> None:
+        front, _ = split_at_head(model, observation.params)
+        low = np.min(observation.facts.input_range[0])
+        if low < 0 and any(layer.activation == "relu" for layer in front):
+            raise ValueError(
+                f"The ReLU in front of {model.name}'s dense layers passes no values below zero on, and "
+                f"the observation's input_range is from {low}."
+            )
 
     if cascade:
         attack = row_scan(model, cascade=True, max_samples=max_samples, tolerance=tolerance)
     else:
-        attack = row_attack(model, invert, shape, name)
+        attack = row_attack(model, invert, shape, name, further=check_front)
     return Imprint(model, plant, attack)
 
 
@@ -135,20 +132,28 @@ def passed_channels(model: Model, front: Layers, shape: tuple[int, ...]) -> int:
     for layer in front:
         if layer.kind == "flatten" and layer.activation == "identity":
             continue
-        weight = layer.weight
-        same = layer.kind == "conv" and weight is not None and weight.shape[0] % 2 == 1
-        if same:
-            pads = tuple(((side - 1) // 2,) * 2 for side in weight.shape[:2])  # pyrefly: ignore
-            same = layer.strides == (1, 1) and tuple(map(tuple, layer.padding)) == pads
-            same &= layer.activation in ("relu", "identity")
-        if not same or weight.shape[3] < shape[-1]:  # pyrefly: ignore
+        if not _can_pass(layer, shape):
             raise ValueError(
                 f"The front of {model.name} cannot pass inputs {shape} on: it must hold only "
                 "convolutions of stride 1 that keep the size and have as many channels, with ReLU or "
                 f"nothing; got a layer {layer.kind}."
             )
-        channels = weight.shape[3]  # pyrefly: ignore
+        assert layer.weight is not None
+        channels = layer.weight.shape[3]
     return channels
+
+
+def _can_pass(layer: Layer, shape: tuple[int, ...]) -> bool:
+    if layer.kind != "conv" or layer.weight is None or len(shape) != 3:
+        return False
+    height, width, _, channels = layer.weight.shape
+    return (
+        height % 2 == width % 2 == 1
+        and tuple(layer.strides) == (1, 1)
+        and tuple(map(tuple, layer.padding)) == ((height // 2,) * 2, (width // 2,) * 2)
+        and layer.activation in ("relu", "identity")
+        and channels >= shape[2]
+    )
 
 
 def passing_kernel(kernel: Array, channels: int) -> Array:

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from invjax.attacks.analytic.imprints.imprint import Imprint, check_settings
+from invjax.attacks.analytic.imprints.imprint import Imprint, auxiliary_inputs
 from invjax.attacks.analytic.imprints.planting import dense_imprint
-from invjax.base import Array, Model
-from invjax.defenses.checks import check
-
-_PATIENCE = 2000
+from invjax.base import Array, Batch, Model
+from invjax.checks import check_count, check_number
 
 
 def trap_weights(
@@ -25,17 +24,18 @@ def trap_weights(
     max_samples: int = 128,
     tolerance: float | None = None,
 ) -> Imprint:
-    """When the curious abandon honesty (Boenisch et al. 2023): rows with a few more minuses than pluses.
+    """When the curious abandon honesty (Boenisch et al. 2023): rows whose minuses outweigh their pluses.
 
-    In every row of the first dense layer a random half of the weights is `-|v|` with normal `v`, the
-    other half `scale` times the same values with a plus; biases are zero. On inputs in [0, 1] most
-    rows stay inactive on most samples, and one that a single sample activates is that sample.
+    In every row of the first dense layer, the weights of one unit, a random half is `-|v|` with normal
+    `v`, the other half `scale` times the same values with a plus; biases are zero. On inputs in [0, 1]
+    most rows stay inactive on most samples, and one that a single sample activates is that sample.
     The best `scale` depends on the data and on the batch size.
 
     Args:
       model: a model that ends in dense ReLU layers, one hidden at least with a bias; before them may
         stand convolutions of stride 1 that keep the size, which are made to pass the input on.
-      input_shape: shape of one input; inputs must not be negative.
+      input_shape: shape of one input. Rows count on inputs that are not negative, and a convolution
+        with ReLU passes no others on: such an input range is then refused.
       sigma: standard deviation of `v`.
       scale: of the positive weights, in (0, 1].
       independent_signs: draw every weight by itself, negative or positive with probability one
@@ -46,20 +46,20 @@ def trap_weights(
         cascade, else 1e-6 for gradients of double precision and 1e-4 for single.
 
     Returns:
-      The imprint; the model is the given one. A candidate is `found` where it lies in the input range
-      and, passed forward and backward with some label, gives the bias gradient of its row; a mixture
-      passes only by chance (about once in ten thousand in single precision, for every label).
-      Under noise nothing passes; candidates are then in the slots all the same, by strength.
+      The imprint; the model is the given one.
 
     Raises:
-      ValueError: a setting out of range; when planting, another kind of model.
+      ValueError: a setting out of range; when planting, another kind of model, or of other inputs; at
+        the attack's use, what `Imprint` says, and with a cascade what `row_scan` does.
     """
-    shape = check_settings(model, input_shape, max_samples=max_samples)
-    check("sigma", sigma, 0.0, open_low=True)
-    check("scale", scale, 0.0, 1.0, open_low=True)
+    check_number("sigma", sigma, 0.0, open_low=True)
+    check_number("scale", scale, 0.0, 1.0, open_low=True)
 
-    def draw(key: Array, size: int, units: int, auxiliary: Array | None) -> tuple[Array, Array]:
+    def draw(
+        key: Array, shape: tuple[int, ...], units: int, auxiliary: Batch | None
+    ) -> tuple[Array, Array]:
         del auxiliary
+        size = math.prod(shape)
         value_key, sign_key = jax.random.split(key)
         values = sigma * jnp.abs(jax.random.normal(value_key, (size, units)))
         if independent_signs:
@@ -74,10 +74,9 @@ def trap_weights(
 
     return dense_imprint(
         model,
-        shape,
+        input_shape,
         draw,
         "trap_weights",
-        informed=False,
         cascade=cascade,
         max_samples=max_samples,
         tolerance=tolerance,
@@ -97,16 +96,17 @@ def qbi(
 ) -> Imprint:
     """Quantile-based bias initialisation (Nowak et al. 2024, QBI): rows active on one sample in `batch_size`.
 
-    Normal weights and the bias `sqrt(d)` times the normal quantile of `1 / batch_size`. A row isolates
-    a sample with probability `(1 - 1/B)^(B - 1)` per active sample, if features are about
-    independent and standard normal; real images are far from that, and leak less.
+    Normal weights and the bias `sqrt(d)` times the normal quantile of `1 / batch_size`. If inputs are
+    about independent and standard normal, a row is active on exactly one sample with probability
+    `P = (1 - 1/B)^(B - 1)`, and `N` rows isolate the share `1 - (1 - P/B)^N` of the samples; real images
+    are far from that, and leak less.
 
     Args:
       model: as for `trap_weights`.
       input_shape: shape of one input.
       batch_size: the clients', at least 2.
       mean: of the inputs, a number or an array of the input's shape: the planted layer normalises.
-      std: their standard deviation, likewise; positive.
+      std: their standard deviation, likewise; positive everywhere, also where an entry never varies.
       cascade: as for `trap_weights`.
       max_samples: slots, where the batch size is not known.
       tolerance: as for `trap_weights`.
@@ -115,22 +115,24 @@ def qbi(
       The imprint, as of `trap_weights`.
 
     Raises:
-      ValueError: a setting out of range; when planting, another kind of model.
+      ValueError: as `trap_weights`; a mean or std that does not go with the inputs.
     """
-    shape = check_settings(model, input_shape, max_samples=max_samples)
-    check("batch_size", batch_size, 2)
+    check_count("batch_size", batch_size, 2)
+    check_moments(mean, std, input_shape)
 
-    def draw(key: Array, size: int, units: int, auxiliary: Array | None) -> tuple[Array, Array]:
+    def draw(
+        key: Array, shape: tuple[int, ...], units: int, auxiliary: Batch | None
+    ) -> tuple[Array, Array]:
         del auxiliary
+        size = math.prod(shape)
         bias = jax.scipy.special.ndtri(jnp.full(units, 1 / batch_size)) * math.sqrt(size)
         return normalizing(jax.random.normal(key, (size, units)), bias, mean, std, shape)
 
     return dense_imprint(
         model,
-        shape,
+        input_shape,
         draw,
         "qbi",
-        informed=False,
         cascade=cascade,
         max_samples=max_samples,
         tolerance=tolerance,
@@ -169,26 +171,28 @@ def pairs(
       The imprint, as of `trap_weights`. `plant` needs auxiliary data, `batch_size` samples or more.
 
     Raises:
-      ValueError: a setting out of range; when planting, another kind of model, or too few data.
+      ValueError: as `qbi`; when planting, too few data.
+      TypeError: when planting, auxiliary inputs that are not floats.
     """
-    shape = check_settings(model, input_shape, max_samples=max_samples)
-    check("batch_size", batch_size, 2)
+    check_count("batch_size", batch_size, 2)
+    check_moments(mean, std, input_shape)
 
-    def draw(key: Array, size: int, units: int, auxiliary: Array | None) -> tuple[Array, Array]:
-        assert auxiliary is not None
-        batches = auxiliary.shape[0] // batch_size
+    def draw(
+        key: Array, shape: tuple[int, ...], units: int, auxiliary: Batch | None
+    ) -> tuple[Array, Array]:
+        data = auxiliary_inputs(auxiliary, shape, "pairs")
+        number, size = data.shape
+        batches = number // batch_size
         if batches < 1:
-            raise ValueError(
-                f"pairs needs {batch_size} auxiliary samples or more, got {auxiliary.shape[0]}."
-            )
-        data = auxiliary[: batches * batch_size].reshape(batches, batch_size, size)
+            raise ValueError(f"pairs needs {batch_size} auxiliary samples or more, got {number}.")
+        data = data[: batches * batch_size].reshape(batches, batch_size, size)
         bias = jax.scipy.special.ndtri(1 / batch_size) * math.sqrt(size)
         start, search = jax.random.split(key)
         drawn = jax.random.normal(start, (units, size), data.dtype)
 
         def unfinished(carry):
             _, _, row, _, tries, idle = carry
-            return (row < units) & (tries < 5 * batch_size * units) & (idle < _PATIENCE)
+            return (row < units) & (tries < 5 * batch_size * units) & (idle < 2000)
 
         def attempt(carry):
             weight, covered, row, batch, tries, idle = carry
@@ -214,14 +218,36 @@ def pairs(
 
     return dense_imprint(
         model,
-        shape,
+        input_shape,
         draw,
         "pairs",
-        informed=True,
         cascade=cascade,
         max_samples=max_samples,
         tolerance=tolerance,
     )
+
+
+def check_moments(mean: float | Array, std: float | Array, input_shape: Sequence[int]) -> None:
+    """Refuse what inputs of a shape cannot be normalised by; traced values pass.
+
+    Args:
+      mean: a number or an array that broadcasts to the shape.
+      std: likewise, and positive.
+      input_shape: shape of one input.
+
+    Raises:
+      ValueError: another shape, or a standard deviation that is not positive.
+    """
+    for name, value in (("mean", mean), ("std", std)):
+        try:
+            np.broadcast_to(np.empty(np.shape(value)), tuple(input_shape))
+        except ValueError:
+            raise ValueError(
+                f"{name} must be a number or an array that broadcasts to {tuple(input_shape)}, got "
+                f"shape {np.shape(value)}."
+            ) from None
+    if not isinstance(std, jax.core.Tracer) and not (np.asarray(std) > 0).all():
+        raise ValueError(f"std must be positive, got {np.min(std)} as its least.")
 
 
 def normalizing(
@@ -231,7 +257,7 @@ def normalizing(
     std: float | Array,
     shape: tuple[int, ...],
 ) -> tuple[Array, Array]:
-    """Weight and bias on raw inputs that do what the given ones do on normalised inputs."""
+    """`[d, n]` weights and `[n]` biases on raw inputs that do what the given ones do on normalised inputs."""
     mean, std = (
         jnp.broadcast_to(jnp.asarray(side, weight.dtype), shape).reshape(-1) for side in (mean, std)
     )

@@ -29,6 +29,9 @@ class Start(NamedTuple):
 def rank_one_input(gradient: Array, signal: Array) -> Array:
     """The input of a dense layer from its gradient `x k^T`, by least squares.
 
+    Chen and Campbell 2022 divide by the first entry of `k` that is not zero; all entries together are
+    as exact, and average noise.
+
     Args:
       gradient: `[in, out]`, of the weight.
       signal: `[out]`, `k`: the derivative by what the layer computes, which is its bias's gradient.

@@ -59,7 +59,7 @@ def blocks_of(
       ValueError: no dense head, an activation whose input its output does not tell, a number of
         solvers other than of convolutions.
       NotImplementedError: a pool that is not linear in a convolution's output, as it throws away
-        what the attack would need.
+        what the attack would need; a flattening with an activation; a dense layer on a map.
     """
     blocks: list[Block] = []
     shape, index = tuple(input_shape), 0
@@ -137,11 +137,11 @@ def _check_activation(model: Model, layer: Layer, block: Block, head: bool) -> N
 
 
 def conv_signal(block: Block, signal: Array) -> Array:
-    """The derivative by a convolution's output, before its pool: `[Q, filters]`.
+    """The derivative by a convolution's output, before its pool, from that behind the pool.
 
     Args:
       block: a convolution.
-      signal: of its `output_shape`.
+      signal: the derivative of the loss by what comes out of the pool, of the block's `output_shape`.
 
     Returns:
       `[rows, columns, filters]` of the convolution's output.

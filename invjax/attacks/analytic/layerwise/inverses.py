@@ -15,8 +15,8 @@ class Inverse(NamedTuple):
     Attributes:
       before: `before(output) -> input`, element by element.
       slope: `slope(output) -> derivative`.
-      low: below it outputs are impossible, or nearly saturated.
-      high: above it likewise.
+      low: outputs lie above it.
+      high: outputs lie below it.
     """
 
     before: Callable[[Array], Array]

@@ -1,7 +1,7 @@
 """Layer by layer from the logits to the image: one linear system after another."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,8 @@ from invjax.attacks.analytic.layerwise.chains import Block, blocks_of, conv_sign
 from invjax.attacks.analytic.layerwise.inverses import invert
 from invjax.attacks.analytic.layerwise.solvers import Report, Solver, solve
 from invjax.attacks.matching.priors import input_bounds
-from invjax.base import Array, Attack, Batch, Model, Observation, Reconstruction, closed_form
-from invjax.defenses.checks import check as check_number
-from invjax.defenses.checks import choose
+from invjax.base import Array, Attack, Batch, Layer, Model, Observation, Reconstruction, closed_form
+from invjax.checks import check_choice, check_number
 from invjax.models.layers import Layers, apply_layer, layers_of
 from invjax.models.losses import cross_entropy
 from invjax.observe import check_observation, per_step_gradient
@@ -89,19 +88,19 @@ def layerwise(
         observations of double precision and 1e-2 for single.
 
     Returns:
-      The attack, a closed form for batches of one. It runs in the observation's precision, its
-      linear algebra on the host in float64. The labels are those granted, or read off the head.
-      `found` is true where every layer is of full rank and solved and the image lies in the input
-      range. Of several candidates (branches, labels) the consistent one counts that does, of several
-      such the largest, and then nothing is found: their gradients are the same. The objective is the
-      largest residual.
+      The attack, a closed form for batches of one, with inputs `[1, *input_shape]`. It runs in the
+      observation's precision, its linear algebra on the host in float64. The labels are those
+      granted, or read off the head. `found` is true where every layer is of full rank and solved and
+      the image lies in the input range. Of several candidates (branches, labels) the consistent one
+      counts that does, of several such the largest, and then nothing is found: their gradients are
+      the same. The objective is the largest residual.
       `diagnostics`, an entry for every weighted layer from the input to the head: `unknowns`,
       `rank`, `smallest` and `residual` of `solvers.Report`; and `candidates`, those consistent.
 
     Raises:
       ValueError: an unknown choice, a number out of range; and at its use, a batch of other than one
         sample, several local steps, what `chains.blocks_of` refuses.
-      NotImplementedError: pools, at its use.
+      NotImplementedError: layers that cannot be undone (pools above all), at its use.
     """
     check_settings(solver, branch, rtol, tolerance)
 
@@ -131,7 +130,7 @@ def check_settings(
       ValueError: one of them is.
     """
     for name in [solver] if isinstance(solver, str) else solver:
-        choose("solver", name, get_args(Solver))
+        check_choice("solver", name, get_args(Solver))
     if branch not in (None, 0, -1):
         raise ValueError(f"branch must be 0, -1 or None, got {branch!r}.")
     check_number("rtol", rtol, 0.0, 1.0, open_low=True)
@@ -191,7 +190,8 @@ def reconstruct(
     layers = layers_of(model, observation.params)
     gradients = layers_of(model, per_step_gradient(observation))
     blocks = blocks_of(model, layers, observation.facts.input_shape, solver)
-    start = candidates(model, observation, layers[blocks[-1].index], branch)
+    head = blocks[-1].index
+    start = candidates(model, observation, layers[head], gradients[head], branch)
 
     def run(one: bootstrap.Start) -> tuple[Array, Report]:
         return walk(blocks, layers, gradients, one, rtol, correct)
@@ -219,31 +219,32 @@ def reconstruct(
 
 
 def candidates(
-    model: Model, observation: Observation, head: Any, branch: Branch
+    model: Model, observation: Observation, head: Layer, gradient: Layer, branch: Branch
 ) -> bootstrap.Start:
     """What the head says of its input, its signal and the label.
 
     Args:
       model: as for `layerwise`.
       observation: as for `layerwise`.
-      head: the dense layer of parameters.
+      head: the last dense layer, of parameters.
+      gradient: the same, of the gradient.
       branch: as for `layerwise`.
 
     Returns:
       One candidate; for one logit without a bias one for each branch and label that may be.
     """
-    weight, bias = label_recovery.find_head(model, per_step_gradient(observation))
-    labels = observation.labels
-    if bias is None and weight.shape[1] == 1:
+    assert head.weight is not None and gradient.weight is not None
+    signal, labels = gradient.bias, observation.labels
+    if signal is None and model.num_classes == 1:
         possible = jnp.arange(2) if labels is None else labels
         branches = (0, -1) if branch is None else (branch,)
-        return bootstrap.logistic(head.weight, weight, possible, branches)
+        return bootstrap.logistic(head.weight, gradient.weight, possible, branches)
     if labels is None:
         labels = label_recovery.recover(model, observation, 1)
-    if bias is not None:
-        inputs, signal = bootstrap.rank_one_input(weight, bias), bias
+    if signal is None:
+        inputs, signal = bootstrap.softmax(head.weight, gradient.weight, labels[0])
     else:
-        inputs, signal = bootstrap.softmax(head.weight, weight, labels[0])
+        inputs = bootstrap.rank_one_input(gradient.weight, signal)
     return bootstrap.Start(inputs[None], signal[None], labels, jnp.ones(1, bool))
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from invjax.attacks.analytic.layerwise.solvers import least_squares, one_thread
+from invjax.checks import check_count, check_number
 from invjax.linalg import Geometry, conv_matrix, gradient_matrix
 
 
@@ -120,10 +121,8 @@ def undo_by_signs(
       ValueError: convolutions that change the shape, a slope that is not positive, no rounds.
     """
     _check(shape)
-    if not slope > 0:
-        raise ValueError(f"slope must be positive, got {slope}.")
-    if max_rounds < 1:
-        raise ValueError(f"max_rounds must be at least 1, got {max_rounds}.")
+    check_number("slope", slope, 0.0, open_low=True, open_high=True)
+    check_count("max_rounds", max_rounds, 1)
     size, filters = shape.unknowns, shape.filters
     first, second = (conv_matrix(weight, shape).toarray() for weight in weights)
     above = np.asarray(signal, np.float64)

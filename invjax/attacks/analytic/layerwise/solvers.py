@@ -11,7 +11,7 @@ import scipy.sparse.linalg
 import threadpoolctl
 
 from invjax.base import Array
-from invjax.linalg import Geometry, Matrix, conv_matrix, gradient_block
+from invjax.linalg import Geometry, Matrix, conv_matrix, gradient_block, pool_matrix, pooled
 
 Solver = Literal["nullspace", "joint", "gradient_only", "weight_only"]
 
@@ -141,18 +141,7 @@ def solve_on_host(
     method: Solver = "nullspace",
     rtol: float = 1e-11,
 ) -> tuple[np.ndarray, int, float, float]:
-    """`solve` on NumPy arrays.
-
-    Args:
-      weight: as for `solve`.
-      gradient: as for `solve`.
-      before: as for `solve`.
-      known: as for `solve`.
-      signal: as for `solve`.
-      shape: as for `solve`.
-      pool: as for `solve`.
-      method: as for `solve`.
-      rtol: as for `solve`.
+    """`solve` on NumPy arrays, of the same arguments.
 
     Returns:
       The input `[height, width, channels]`, and the rank, the share of the smallest singular value
@@ -165,7 +154,7 @@ def solve_on_host(
     if not all(np.isfinite(part).all() for part in given):
         return np.full(size, np.nan), 0, 0.0, np.nan
     weight, gradient, before, signal = given
-    rows = pooled(conv_matrix(weight, shape), shape, pool)[usable]
+    rows = pooled(conv_matrix(weight, shape), pool_matrix(shape.output, (pool, pool)))[usable]
     right = before[usable]
     block = gradient_block(signal, shape)
     sides = gradient.reshape(-1, shape.channels, shape.filters).swapaxes(1, 2)
@@ -188,30 +177,6 @@ def solve_on_host(
     )
     total = np.hypot(np.linalg.norm(right), scale * np.linalg.norm(sides))
     return inputs.reshape(size), solved.rank, solved.smallest, wrong / max(total, 1e-300)
-
-
-def pooled(rows: Matrix, shape: Geometry, pool: int) -> Matrix:
-    """Weight rows behind an average pool without overlap, which crops what does not fill a window.
-
-    Args:
-      rows: `[Q * filters, N]` of the convolution.
-      shape: its geometry.
-      pool: the window.
-
-    Returns:
-      `[P * filters, N]`.
-    """
-    if pool == 1:
-        return rows
-
-    def mean(size: int) -> scipy.sparse.coo_array:
-        kept = np.arange(size // pool * pool)
-        places = (np.full(kept.size, 1 / pool), (kept // pool, kept))
-        return scipy.sparse.coo_array(places, shape=(size // pool, size))
-
-    pixels = scipy.sparse.kron(*(mean(size) for size in shape.output))
-    every = scipy.sparse.kron(pixels, scipy.sparse.eye_array(shape.filters), "csr")
-    return scipy.sparse.csr_array(every @ rows)
 
 
 def nullspace(
@@ -245,7 +210,7 @@ def nullspace(
     remainder = right - rows @ found.values.ravel()
     rest = least_squares(left.reshape(rows.shape[0], -1), remainder, rtol, floor)
     values = found.values + null @ rest.values.reshape(-1, channels)
-    smallest = min(part.smallest for part in (found, rest) if part.rank) if found.rank else 0.0
+    smallest = min((part.smallest for part in (found, rest) if part.rank), default=0.0)
     return Solved(values, found.rank * channels + rest.rank, smallest)
 
 

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 
 from invjax.attacks.analytic.tensor import core
 from invjax.attacks.analytic.tensor.head import (
+    check_fit,
     check_size,
     head_layers,
     head_problem,
     scaled_inputs,
 )
-from invjax.attacks.analytic.tensor.moments import Gradient
+from invjax.attacks.analytic.tensor.hermite import is_homogeneous, is_odd
+from invjax.attacks.analytic.tensor.moments import Estimator
 from invjax.base import Array, Attack, Model, Observation, Reconstruction, closed_form
-from invjax.defenses.checks import check as check_number
-from invjax.defenses.checks import choose
+from invjax.checks import check_choice, check_count, check_number
 from invjax.models.layers import layers_of
 from invjax.observe import check_observation, per_step_gradient
 
@@ -27,7 +28,7 @@ def tensor(
     model: Model,
     *,
     method: Method = "regression",
-    estimator: Gradient | None = None,
+    estimator: Estimator | None = None,
     loss: Loss | None = None,
     batch_size: int | None = None,
     norm: float | None = None,
@@ -40,14 +41,17 @@ def tensor(
 ) -> Attack:
     """Read a batch off the gradient of two dense layers, provably (Wang, Lee and Lei 2023).
 
-    At normal weights `w_j` the gradient is a noisy evaluation of `sum_i r_i s(w x_i)` at every unit,
-    whose Hermite coefficients are tensors `sum_i r_i c_p x_i ... x_i`; their components are the inputs.
+    At normal weights `w_j` the gradient is a noisy evaluation of `sum_i r_i f(w x_i)` at every unit,
+    with the activation `f`. Its Hermite coefficients are tensors `sum_i r_i c_p x_i ... x_i`, for inputs of
+    unit norm with `c_p = E[f^(p)(Z)]`, and their components are the inputs.
 
-    `paper` is algorithm 1: moments of the gradient, of orders 2 and 3 (2 and 4 where the third vanishes,
-    as for ReLU), the span by eigenvectors, the decomposition in the span, signs and labels by linear
-    fits. Departures: Jennrich's method with 100 trials and alternating least squares in place of the
-    joint diagonalisation of 100 random contractions; 8 vectors (`contractions`) in place of one where
-    an order-3 tensor gives the span; the whole order-4 tensor in place of one contraction.
+    `paper` is algorithm 1: moments of the gradient, of orders 2 and 3 (3 alone where the second vanishes,
+    as for tanh; 2 and 4 where the third does, as for ReLU), the span by eigenvectors, the decomposition
+    in the span, signs and labels by linear fits. Departures: Jennrich's method with 100 trials and
+    alternating least squares in place of the joint diagonalisation of 100 random contractions; 8 vectors
+    (`contractions`) in place of one where an order-3 tensor gives the span; the whole order-4 tensor in
+    place of one contraction; a label is the output at the input that was found, less the residual (the
+    paper takes the expected output, and prints the residual with the opposite sign).
 
     `regression` is a stronger form of it: the span is exact, being that of the rows of the first layer's
     gradient; least squares on all Hermite products up to degree 3 (4 for `outer` and a vanishing third
@@ -70,11 +74,14 @@ def tensor(
       estimator: which gradient the tensor is taken from: `weights`, the hidden layer's (the smaller
         variance), or `outer`, the output layer's. `weights` for one output and `outer` for several
         where `None`.
-      loss: of a model of one output; `squared` where `None`. Softmax is cross-entropy.
+      loss: of a model of one output: `squared`, half the squared error as in `two_layer` and meant
+        where `None`, or `cross_entropy`, by a sigmoid. It turns signals into labels, so a wrong one
+        gives wrong labels. Softmax is cross-entropy.
       batch_size: samples behind the gradient, where the observation does not say; see
         `batch_size_by_gap`.
-      norm: of all inputs, where it is known. Otherwise the orders decide; 1 for `paper`, and for ReLU
-        with one output, whose gradient hides it.
+      norm: Euclidean norm of all inputs, where it is known. Otherwise the orders decide; 1 for `paper`,
+        and for ReLU with one output and no hidden bias, whose gradient hides it. With several outputs
+        and no hidden bias ReLU hides it too; norms are then guessed, and `found` is not about them.
       polish: whether to fit; as published not for `paper`, else yes, where `None`.
       noise_std: standard deviation of noise on every entry of the (per-step) gradient; the fit is then
         maximum likelihood, in all coordinates. At the query point the entries of the hidden gradient
@@ -105,21 +112,23 @@ def tensor(
       singular values, near 1 where the batch size is wrong).
 
     Raises:
-      ValueError: a model of other layers, an activation whose gradient reveals only sums, `paper` for
-        softmax, a number out of range; and at its use, no batch size, one larger than the layers allow,
-        or one whose regression has more coefficients than there are hidden units.
+      ValueError: `paper` or a loss for softmax, an unknown word, a number out of range; and at its use, a
+        model of other layers, an activation whose gradient reveals only sums, no batch size, one larger
+        than the layers allow, or one whose regression has more coefficients than there are hidden units.
     """
-    choose("method", method, get_args(Method))
-    choose("loss", loss or "squared", get_args(Loss))
+    check_choice("method", method, get_args(Method))
     scalar = model.num_classes == 1
+    if loss is not None:
+        check_choice("loss", loss, get_args(Loss))
+        if not scalar:
+            raise ValueError(f"loss is for models of one output, {model.name} has softmax logits.")
     if method == "paper" and not scalar:
         raise ValueError("method 'paper' is for models of one output: use 'regression'.")
     estimator = estimator or ("weights" if scalar else "outer")
-    choose("estimator", estimator, get_args(Gradient))
-    check_number("restarts", restarts, 0)
-    check_number("max_steps", max_steps, 1)
-    check_number("contractions", contractions, 1)
-    for name, value in (("norm", norm), ("noise_std", noise_std), ("tolerance", tolerance)):
+    check_choice("estimator", estimator, get_args(Estimator))
+    check_fit(restarts, max_steps, noise_std)
+    check_count("contractions", contractions, 1)
+    for name, value in (("norm", norm), ("tolerance", tolerance)):
         if value is not None:
             check_number(name, value, 0.0, open_low=True)
     fits = method != "paper" if polish is None else polish
@@ -151,12 +160,16 @@ def tensor(
     def init(key: Array, observation: Observation) -> Reconstruction:
         size, params = size_of(observation), observation.params
         hidden, _ = head_layers(model, params)
-        hides = scalar and hidden.bias is None and core.is_homogeneous(hidden.activation)
+        hides = scalar and hidden.bias is None and is_homogeneous(hidden.activation)
+        known = 1.0 if norm is None and (method == "paper" or hides) else norm
+        if known is not None and hidden.bias is not None:
+            # The bias is the weight of one more input, constantly 1.
+            known = (known**2 + 1) ** 0.5
         settings = core.Settings(
             activation=hidden.activation,
             method=method,
-            gradient=estimator,
-            norm=1.0 if norm is None and (method == "paper" or hides) else norm,
+            estimator=estimator,
+            norm=known,
             polish=fits,
             noise_std=noise_std,
             restarts=restarts,
@@ -174,7 +187,7 @@ def tensor(
         exact = (found.objective <= limit) & jnp.isfinite(inputs).all()
         # A sample without a part in the gradient is none.
         own = found.residual <= (3 * limit * size**0.5 if noise_std is None else 1.0)
-        if scalar and hidden.bias is None and core.is_odd(hidden.activation):
+        if scalar and hidden.bias is None and is_odd(hidden.activation):
             own &= _signs_are_tricked(inputs, params)
         diagnostics = {
             "signals": candidate.signals,

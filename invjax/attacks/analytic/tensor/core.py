@@ -30,12 +30,12 @@ from invjax.base import Array
 class Settings(NamedTuple):
     """What is static of the attack; see `attack.tensor`.
 
-    With `constant` the last input is that of a hidden bias, the number one.
+    With `constant` the last input is that of a hidden bias, the number one, and `norm` counts it.
     """
 
     activation: str
     method: str
-    gradient: moments.Gradient
+    estimator: moments.Estimator
     norm: float | None
     polish: bool
     noise_std: float | None
@@ -100,11 +100,11 @@ def _by_moments(keys: Array, problem: Problem, exact: Array, size: int, settings
     if published:
         second = abs(hermite_coefficients(settings.activation)[2]) > 1e-4
         directions = moments.moment_space(
-            keys[0], problem, size, 2 if second else 3, settings.gradient, settings.contractions
+            keys[0], problem, size, 2 if second else 3, settings.estimator, settings.contractions
         )
     space = moments.whitened(problem, directions, whiten=not published)
     tensors = moments.hermite_tensors(
-        problem, space, order, settings.gradient, regression=not published
+        problem, space, order, settings.estimator, regression=not published
     )
     parts = decompose(keys[1], tensors[order], trials=100 if published else 60)
     orders = readout.orders_of(settings.activation, order)
@@ -113,16 +113,16 @@ def _by_moments(keys: Array, problem: Problem, exact: Array, size: int, settings
     both, misfits = readout.signals_at(orders, weights, scales)
     constant = None
     if settings.constant:
-        constant = readout.inputs_of(space.basis, space.root, parts.directions)[:, -1]
+        constant = space.inputs(parts.directions)[:, -1]
     odd = all(p % 2 for p in orders.used)
     signs, signals = readout.choose_signs(both, misfits, constant, odd=odd)
-    start = readout.candidate_of(space.basis, space.root, parts.directions, scales, signs, signals)
+    start = readout.candidate_of(space, parts.directions, scales, signs, signals)
     return space, start, parts.residual
 
 
 def _norms(problem, space, directions, weights, orders, settings: Settings) -> Array:
     if settings.norm is not None:
-        return readout.known_norms(space.basis, space.root, directions, settings.norm)
+        return readout.known_norms(space, directions, settings.norm)
     if not is_homogeneous(settings.activation):
         return readout.fitted_norms(orders, weights)
     # The orders say nothing: take the derivatives to be those of even odds, `2 (1 - 1/C) / B`.
@@ -137,15 +137,14 @@ def _polished(key, problem: Problem, space, start: Candidate, settings: Settings
         starts = _starts(key, start.inputs, start.signals, settings.restarts)
         return _first_good(problem, starts, jnp.asarray(True), settings)
     inner, sparse = _within(problem, space, settings)
-    inputs = _inner_inputs(space, start.inputs)
-    starts = _starts(key, inputs, start.signals, settings.restarts)
+    starts = _starts(key, space.coordinates(start.inputs), start.signals, settings.restarts)
     dense = _first_good(inner, starts, ~sparse, settings)
-    dense = dense._replace(inputs=_outer_inputs(space, dense.inputs))
+    dense = dense._replace(inputs=space.inputs(dense.inputs))
     if not settings.restarts:
         return dense
     # With entries missing the span is only near: fit what is there, in all coordinates.
-    inputs = jax.vmap(lambda inside: _outer_inputs(space, inside))(starts.inputs)
-    full = _first_good(problem, starts._replace(inputs=inputs), sparse, settings)
+    everywhere = starts._replace(inputs=jax.vmap(space.inputs)(starts.inputs))
+    full = _first_good(problem, everywhere, sparse, settings)
     return jax.tree.map(lambda a, b: jnp.where(sparse, a, b), full, dense)
 
 
@@ -154,21 +153,12 @@ def _within(problem: Problem, space: moments.Subspace, settings: Settings):
     alive = problem.weight_seen.max(axis=1)
     inner = problem._replace(
         weight=space.points,
-        weight_gradient=problem.weight_gradient @ space.basis @ space.root,
+        weight_gradient=space.coordinates(problem.weight_gradient),
         weight_seen=jnp.broadcast_to(alive[:, None], space.points.shape),
     )
     sparse = (problem.weight_seen < alive[:, None]).any() | (alive.sum() < space.points.shape[1])
     sparse &= settings.restarts > 0
     return inner, sparse
-
-
-def _inner_inputs(space: moments.Subspace, inputs: Array) -> Array:
-    return inputs @ space.basis @ space.root
-
-
-def _outer_inputs(space: moments.Subspace, inside: Array) -> Array:
-    back = jax.scipy.linalg.solve_triangular(space.root, inside.T, lower=True, trans=1)
-    return (space.basis @ back).T
 
 
 def _starts(key: Array, inputs: Array, signals: Array, restarts: int) -> Candidate:
@@ -197,6 +187,7 @@ def _first_good(problem: Problem, starts: Candidate, wanted: Array, settings: Se
     tolerance = (eps / 4) ** 2 if settings.noise_std is None else 0.0
     enough = eps
     if settings.noise_std is not None:
+        # Half the squared deviations of noise alone, and a twentieth more.
         enough = 0.525 * (problem.weight_seen.sum() + problem.outer_seen.sum())
 
     def attempt(best, begin: Candidate):
@@ -320,6 +311,6 @@ def _errors(problem: Problem, space: moments.Subspace, candidate: Candidate, set
         return everywhere()
     inner, sparse = _within(problem, space, settings)
     inside = functools.partial(
-        errors, inner, candidate=candidate._replace(inputs=_inner_inputs(space, candidate.inputs))
+        errors, inner, candidate=candidate._replace(inputs=space.coordinates(candidate.inputs))
     )
     return jax.lax.cond(sparse, everywhere, inside) if settings.restarts else inside()

@@ -65,6 +65,7 @@ def decompose(key: Array, tensor: Array, *, trials: int = 60, iterations: int = 
         gram *= best.weights @ best.weights.T
         ridge = _ridge(tensor.dtype) * jnp.trace(gram) * jnp.eye(size, dtype=tensor.dtype)
         moved = jnp.linalg.solve(gram + ridge, others @ tensor.reshape(size, -1).T)
+        # Halfway only: all axes share one factor, so a whole step may overshoot.
         aligned = moved * jnp.sign((moved * best.directions).sum(axis=1, keepdims=True))
         after = finish(_unit(_unit(aligned) + best.directions))
         better = after.residual < best.residual

@@ -11,6 +11,8 @@ from invjax.base import Array
 def rmse(reconstruction: Array, truth: Array, *, sign_invariant: bool = False) -> Array:
     """`min over permutations of sqrt(mean_i |x_i - y_pi(i)|^2)`, norms over all entries of a sample.
 
+    The error of theorem 5.1 of Wang, Lee and Lei 2023.
+
     Args:
       reconstruction: `[B, ...]`.
       truth: `[B, ...]`.

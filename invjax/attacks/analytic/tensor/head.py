@@ -1,16 +1,17 @@
 """Features, labels and spans behind the last two dense layers of a classifier."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from invjax.attacks.analytic.tensor import core
-from invjax.attacks.analytic.tensor.hermite import ACTIVATIONS, leading_order
-from invjax.attacks.analytic.tensor.moments import Gradient, Problem, gap_after, row_space
+from invjax.attacks.analytic.tensor.hermite import ACTIVATIONS, is_homogeneous, leading_order
+from invjax.attacks.analytic.tensor.moments import Estimator, Problem, gap_after, row_space
+from invjax.attacks.analytic.tensor.polish import Candidate
 from invjax.base import Array, Layer, Model, Params, PyTree
-from invjax.defenses.checks import choose
+from invjax.checks import check_choice, check_count, check_number
 from invjax.models.layers import layers_of
 
 
@@ -69,7 +70,7 @@ def head_layers(model: Model, tree: PyTree) -> tuple[Layer, Layer]:
         raise ValueError(
             f"The model {model.name} must have no activation on its output, got {output.activation}."
         )
-    choose(f"The hidden activation of {model.name}", hidden.activation, tuple(ACTIVATIONS))
+    check_choice(f"The hidden activation of {model.name}", hidden.activation, tuple(ACTIVATIONS))
     leading_order(hidden.activation)
     return hidden, output
 
@@ -121,16 +122,16 @@ def head_problem(model: Model, params: Params, gradient: PyTree) -> Problem:
     )
 
 
-def scaled_inputs(hidden: Layer, candidate: core.Candidate) -> core.Candidate:
+def scaled_inputs(hidden: Layer, candidate: Candidate) -> Candidate:
     """Inputs without the constant one, which fixes the scale that a homogeneous activation hides."""
     if hidden.bias is None:
         return candidate
     inputs, last = candidate.inputs[:, :-1], candidate.inputs[:, -1:]
-    if not core.is_homogeneous(hidden.activation):
-        return core.Candidate(inputs, candidate.signals)
+    if not is_homogeneous(hidden.activation):
+        return Candidate(inputs, candidate.signals)
     norm = jnp.linalg.norm(inputs, axis=1, keepdims=True)
     scale = jnp.where(last > 1e-4 * norm, last, 1.0)
-    return core.Candidate(inputs / scale, candidate.signals * scale)
+    return Candidate(inputs / scale, candidate.signals * scale)
 
 
 def head_features(
@@ -140,7 +141,7 @@ def head_features(
     batch_size: int,
     *,
     key: Array,
-    estimator: Gradient | None = None,
+    estimator: Estimator | None = None,
     polish: bool = True,
     restarts: int = 4,
     max_steps: int = 100,
@@ -162,7 +163,8 @@ def head_features(
         between them that is neither linear nor quadratic; at least 2 classes.
       params: its parameters.
       gradient: the observed gradient of the mean loss, a tree like `params`; of any scale.
-      batch_size: samples behind it, at most the width of the features.
+      batch_size: samples behind it, at most the hidden units and the width of the features (with a bias
+        in the hidden layer one more).
       key: PRNG key.
       estimator: `outer` or `weights`, which layer's gradient the tensor is taken from; `outer` where
         `None`.
@@ -177,19 +179,20 @@ def head_features(
       Features, labels, reliabilities and the span.
 
     Raises:
-      ValueError: a model, batch size or estimator that will not do.
+      ValueError: a model, batch size or estimator that will not do, a number out of range.
     """
+    check_fit(restarts, max_steps, noise_std)
     hidden, _ = head_layers(model, params)
     if model.num_classes < 2:
         raise ValueError(f"The model {model.name} must have softmax logits, got a single logit.")
     problem = head_problem(model, params, gradient)
     estimator = estimator or "outer"
-    choose("estimator", estimator, ("outer", "weights"))
+    check_choice("estimator", estimator, get_args(Estimator))
     check_size(batch_size, problem, hidden.activation, estimator)
     settings = core.Settings(
         activation=hidden.activation,
         method="regression",
-        gradient=estimator,
+        estimator=estimator,
         norm=None,
         polish=polish,
         noise_std=noise_std,
@@ -199,13 +202,12 @@ def head_features(
     )
     with jax.default_matmul_precision("highest"):
         found = core.recover(key, problem, batch_size, settings)
-        span, _ = row_space(_weight(head_layers(model, gradient)[0]).T, batch_size)
     candidate = scaled_inputs(hidden, found.candidate)
     return HeadFeatures(
         features=candidate.inputs,
         labels=jnp.argmin(candidate.signals, axis=1),
         residual=found.residual,
-        subspace=span.T,
+        subspace=head_span(model, gradient, batch_size)[0],
         signals=candidate.signals,
         objective=found.objective,
         gap=found.gap,
@@ -213,7 +215,7 @@ def head_features(
 
 
 def head_span(model: Model, gradient: PyTree, batch_size: int) -> tuple[Array, Array]:
-    """The span of the features and its gap alone; see `HeadFeatures`."""
+    """The span of the features, `[B, d]`, and its gap; see `HeadFeatures`."""
     hidden, _ = head_layers(model, gradient)
     with jax.default_matmul_precision("highest"):
         span, _ = row_space(_weight(hidden).T, batch_size)
@@ -221,8 +223,16 @@ def head_span(model: Model, gradient: PyTree, batch_size: int) -> tuple[Array, A
     return span.T, gap_after(values, batch_size)
 
 
+def check_fit(restarts: int, max_steps: int, noise_std: float | None) -> None:
+    """Refuse settings of the fit that are out of range."""
+    check_count("restarts", restarts, 0)
+    check_count("max_steps", max_steps, 1)
+    if noise_std is not None:
+        check_number("noise_std", noise_std, 0.0, open_low=True)
+
+
 def check_size(
-    batch_size: int, problem: Problem, activation: str = "", estimator: Gradient | None = None
+    batch_size: int, problem: Problem, activation: str, estimator: Estimator | None
 ) -> None:
     """Refuse a batch that cannot be told apart in the span of its inputs.
 

@@ -38,7 +38,7 @@ def hermite_coefficients(activation: str, scale=1.0) -> np.ndarray:
     """`E[f(s Z) He_p(Z)]` for a standard normal `Z`, orders 0 to 4; at `s = 1` it is `E[f^(p)(Z)]`.
 
     By the trapezoidal rule, which converges exponentially for a smooth activation, with a node at the
-    kink of the others. (Wang et al. 2023 write `E[f^(p)(sZ)]`; divide by `s^p`.)
+    kink of the others. (Wang, Lee and Lei 2023 write `E[f^(p)(sZ)]`; divide by `s^p`.)
 
     Args:
       activation: a name of `ACTIVATIONS`.
@@ -171,41 +171,3 @@ def tensor_of(coefficients: Array, size: int, order: int) -> Array:
         (-1,) + (1,) * len(rest)
     )
     return scaled.reshape((size,) * order + rest)
-
-
-def hermite_tensor(point: Array, order: int) -> Array:
-    """The tensor `H_p(w)`, as its definition says: for checks, and for small inputs.
-
-    Args:
-      point: `[d]`.
-      order: 1 to 4.
-
-    Returns:
-      `[d, ..., d]`, `p` axes.
-
-    Raises:
-      ValueError: another order.
-    """
-    w, eye = point, jnp.eye(point.size, dtype=point.dtype)
-    if order == 1:
-        return w
-    if order == 2:
-        return jnp.einsum("a,b->ab", w, w) - eye
-    if order == 3:
-        mixed = [jnp.einsum(f"{a},{b}->abc", w, eye) for a, b in _pairs("abc", 1)]
-        return jnp.einsum("a,b,c->abc", w, w, w) - sum(mixed)
-    if order == 4:
-        square = jnp.einsum("a,b->ab", w, w)
-        mixed = [jnp.einsum(f"{a},{b}->abcd", square, eye) for a, b in _pairs("abcd", 2)]
-        plain = [jnp.einsum(f"{a},{b}->abcd", eye, eye) for a, b in _pairs("abcd", 2)]
-        # Every pairing appears twice among the six splits.
-        return jnp.einsum("ab,cd->abcd", square, square) - sum(mixed) + sum(plain) / 2
-    raise ValueError(f"order must be 1, 2, 3 or 4, got {order}.")
-
-
-def _pairs(axes: str, size: int) -> list[tuple[str, str]]:
-    """Splits of axes into a first group of a size and the rest."""
-    return [
-        ("".join(chosen), "".join(axis for axis in axes if axis not in chosen))
-        for chosen in itertools.combinations(axes, size)
-    ]

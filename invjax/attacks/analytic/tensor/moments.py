@@ -9,7 +9,8 @@ import numpy as np
 from invjax.attacks.analytic.tensor.hermite import features, tensor_of
 from invjax.base import Array
 
-Gradient = Literal["weights", "outer"]
+Estimator = Literal["weights", "outer"]
+"""Which layer's gradient moments are taken from: the hidden one's or the output one's."""
 
 
 class Problem(NamedTuple):
@@ -36,17 +37,26 @@ class Problem(NamedTuple):
 
 
 class Subspace(NamedTuple):
-    """Coordinates in which the samples are found.
+    """Coordinates `u = root^T basis^T x` in which the samples are found.
 
     Attributes:
       basis: `[n, k]`, orthonormal columns.
       root: `[k, k]` lower triangular: `root root^T` is the second moment of `basis^T w_j`.
-      points: `[m, k]`, whitened weights `root^-1 basis^T w_j`; `w_j x = points_j root^T basis^T x`.
+      points: `[m, k]`, whitened weights `root^-1 basis^T w_j`; `w_j x = points_j u` for `x` in the span.
     """
 
     basis: Array
     root: Array
     points: Array
+
+    def coordinates(self, inputs: Array) -> Array:
+        """Of inputs `[..., n]`, and of sums of such as the rows of the hidden gradient are: `[..., k]`."""
+        return inputs @ self.basis @ self.root
+
+    def inputs(self, coordinates: Array) -> Array:
+        """The inputs `[B, n]` in the span of coordinates `[B, k]`."""
+        back = jax.scipy.linalg.solve_triangular(self.root, coordinates.T, lower=True, trans=1)
+        return (self.basis @ back).T
 
 
 def row_space(weight_gradient: Array, size: int) -> tuple[Array, Array]:
@@ -98,26 +108,27 @@ def batch_size_by_gap(weight_gradient: Array, max_samples: int) -> tuple[Array, 
             f"max_samples must lie in [1, {min(weight_gradient.shape) - 1}], got {max_samples}."
         )
     values = row_space(weight_gradient, 1)[1]
-    floor = values[0] * jnp.finfo(values.dtype).eps
+    floor = jnp.maximum(values[0] * jnp.finfo(values.dtype).eps, jnp.finfo(values.dtype).tiny)
     ratios = jnp.maximum(values[1:], floor) / jnp.maximum(values[:-1], floor)
     size = jnp.argmin(ratios[:max_samples])
     return size + 1, ratios[size]
 
 
 def moment_space(
-    key: Array, problem: Problem, size: int, order: int, gradient: Gradient, contractions: int
+    key: Array, problem: Problem, size: int, order: int, estimator: Estimator, contractions: int
 ) -> Array:
-    """The span of the inputs from a Hermite moment (Wang et al. 2023, algorithm 1, step 1).
+    """The span of the inputs from a Hermite moment (Wang et al. 2023, algorithm 1; section 4.1, appendix B).
 
-    Order 2 is the moment `M_2` itself; order 3 its contractions with random unit vectors, of whose
-    squares the sum is taken (one vector, as published, is the same in law and noisier).
+    Order 2 is the moment `M_2` itself; order 3 takes `M_3` contracted with random unit vectors, one
+    after the other, and sums the squares of these matrices. Departure: the paper takes one vector, which
+    is noisier.
 
     Args:
       key: PRNG key of the vectors.
       problem: the gradient.
       size: samples behind it.
       order: 2 or 3.
-      gradient: the estimator.
+      estimator: the gradient that the moment is taken from.
       contractions: how many vectors.
 
     Returns:
@@ -125,7 +136,7 @@ def moment_space(
     """
     w, values = problem.weight, problem.outer_gradient[:, 0]
     # The published attack is for one output.
-    rows = problem.weight_gradient / problem.outer if gradient == "weights" else None
+    rows = problem.weight_gradient / problem.outer if estimator == "weights" else None
     units, eye = w.shape[0], jnp.eye(w.shape[1], dtype=w.dtype)
 
     def second() -> Array:
@@ -179,17 +190,20 @@ def hermite_tensors(
     problem: Problem,
     space: Subspace,
     order: int,
-    gradient: Gradient,
+    estimator: Estimator,
     *,
     regression: bool = True,
 ) -> dict[int, Array]:
-    """Tensors `sum_i p_ic e_p(s_i) u_i u_i ...` with `root^T basis^T x_i = s_i u_i`, `|u_i| = 1`.
+    """Tensors `sum_i p_ic e_p(s_i) u_i u_i ...` with coordinates `s_i u_i` of `x_i`, `|u_i| = 1`.
+
+    `e_p(s) = E[f(s Z) He_p(Z)]`, of `hermite_coefficients`. (By Stein's lemma, Wang et al. 2023, section
+    4.1 and appendix B.)
 
     Args:
       problem: the gradient.
       space: the coordinates.
       order: the largest order.
-      gradient: `outer` fits every row of the outer gradient by Hermite polynomials of the weights,
+      estimator: `outer` fits every row of the outer gradient by Hermite polynomials of the weights,
         `weights` the hidden gradient by `a_jc` times such.
       regression: least squares over the units; else plain moments.
 
@@ -197,14 +211,13 @@ def hermite_tensors(
       For every order from 1 (`weights`) or 0 (`outer`) a tensor `[k, ..., k, C]`.
     """
     points, size = space.points, space.points.shape[1]
-    alive = (
-        problem.weight_seen.max(axis=1) if gradient == "weights" else problem.outer_seen.max(axis=1)
-    )
-    if gradient == "outer":
+    seen = problem.weight_seen if estimator == "weights" else problem.outer_seen
+    alive = seen.max(axis=1)
+    if estimator == "outer":
         degree = max(order, 3)
         found = _fit(features(points, degree), problem.outer_gradient, alive, regression)
         return {p: tensor_of(found, size, p) for p in range(order + 1)}
-    rows = problem.weight_gradient @ space.basis @ space.root
+    rows = space.coordinates(problem.weight_gradient)
     classes = problem.outer.shape[1]
     if not regression:
         # As published: a quotient by the one output's weight.
@@ -215,8 +228,7 @@ def hermite_tensors(
         signals = (problem.outer[:, :, None] * products[:, None]).reshape(points.shape[0], -1)
         found = _fit(signals, rows, alive, regression)
         found = found.reshape(classes, -1, size).swapaxes(0, 1)
-    tensors = {p: _symmetric(tensor_of(found, size, p - 1)) for p in range(1, order + 1)}
-    return tensors
+    return {p: _symmetric(tensor_of(found, size, p - 1)) for p in range(1, order + 1)}
 
 
 def _fit(design: Array, target: Array, alive: Array, regression: bool) -> Array:

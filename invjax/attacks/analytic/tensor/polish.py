@@ -101,6 +101,7 @@ def _normal_equations(residual, point: Array):
     """Gradient and Gauss-Newton matrix of half a squared norm, without the Jacobian in memory."""
     left, back = jax.vjp(residual, point)
     _, forward = jax.linearize(residual, point)
+    # So many columns at a time as keep a few million numbers in memory.
     batch = max(1, 4_000_000 // sum(leaf.size for leaf in left))
 
     def row(direction: Array) -> Array:
@@ -129,7 +130,7 @@ def polish(
       scales: units of both blocks.
       start: where to begin; its signals are first fitted to its inputs.
       max_steps: largest number of steps; traced numbers will do.
-      tolerance: of the squared deviations, at which to stop.
+      tolerance: of half the sum of the squared deviations, at which to stop.
 
     Returns:
       The candidate, and half the sum of its squared deviations.
@@ -148,7 +149,10 @@ def polish(
         return jnp.where(jnp.isfinite(value), value, jnp.inf)
 
     inputs = start.inputs.reshape(-1)
-    fixed = lambda signals: residual(jnp.concatenate([inputs, signals]))  # noqa: E731
+
+    def fixed(signals: Array) -> tuple[Array, Array]:
+        return residual(jnp.concatenate([inputs, signals]))
+
     pull, matrix = _normal_equations(fixed, jnp.zeros(size * classes, inputs.dtype))
     signals = -_solve(matrix, pull, jnp.asarray(1e-12, inputs.dtype))
     fitted = jnp.concatenate([inputs, signals])

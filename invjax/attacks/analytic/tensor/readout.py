@@ -8,6 +8,7 @@ import numpy as np
 
 from invjax.attacks.analytic.tensor.decompose import component_weights
 from invjax.attacks.analytic.tensor.hermite import hermite_coefficients
+from invjax.attacks.analytic.tensor.moments import Subspace
 from invjax.attacks.analytic.tensor.polish import Candidate
 from invjax.base import Array
 
@@ -36,7 +37,8 @@ def orders_of(activation: str, largest: int) -> Orders:
       largest: the largest order.
 
     Returns:
-      The orders and their coefficients on a grid of norms.
+      The orders and their coefficients on a grid of norms from 0.05 to 30: what is outside is taken for
+      the nearer end.
     """
     scales = np.geomspace(0.05, 30.0, 256)
     table = hermite_coefficients(activation, scales) / np.sqrt(_FACTORIALS)
@@ -60,10 +62,9 @@ def weights_by_order(tensors: dict[int, Array], directions: Array, used: tuple[i
     )
 
 
-def known_norms(basis: Array, root: Array, directions: Array, norm: float) -> Array:
-    """Norms of whitened coordinates, `[k]`, of inputs of one norm."""
-    back = inputs_of(basis, root, directions)
-    return norm / jnp.linalg.norm(back, axis=1)
+def known_norms(space: Subspace, directions: Array, norm: float) -> Array:
+    """Norms of coordinates, `[k]`, along directions `[k, k]` (unit rows), of inputs of one norm."""
+    return norm / jnp.linalg.norm(space.inputs(directions), axis=1)
 
 
 def signals_at(orders: Orders, weights: Array, scales: Array) -> tuple[Array, Array]:
@@ -75,8 +76,8 @@ def signals_at(orders: Orders, weights: Array, scales: Array) -> tuple[Array, Ar
       scales: `[k]` norms.
 
     Returns:
-      Signals `[2, k, C]` of the direction as it is and turned, and `[2, k]` how much of the weights
-      they leave unexplained, a share of their squares.
+      Signals `[2, k, C]` of the direction as it is and turned (least squares over the orders), and
+      `[2, k]` how much of the weights they leave unexplained, a share of their squares.
     """
     at = jnp.log(scales)
     grid = jnp.log(jnp.asarray(orders.scales, scales.dtype))
@@ -175,14 +176,7 @@ def tells_sign(signals: Array, share: float) -> Array:
 
 
 def candidate_of(
-    basis: Array, root: Array, directions: Array, scales: Array, signs: Array, signals: Array
+    space: Subspace, directions: Array, scales: Array, signs: Array, signals: Array
 ) -> Candidate:
-    """Inputs in the coordinates of the weights."""
-    back = inputs_of(basis, root, directions)
-    return Candidate(back * (scales * signs)[:, None], signals)
-
-
-def inputs_of(basis: Array, root: Array, directions: Array) -> Array:
-    """`x` with `root^T basis^T x = u`, `[k, n]`."""
-    inside = jax.scipy.linalg.solve_triangular(root, directions.T, lower=True, trans=1)
-    return (basis @ inside).T
+    """Samples at directions `[k, k]` (unit rows), `[k]` norms and `[k]` signs."""
+    return Candidate(space.inputs(directions) * (scales * signs)[:, None], signals)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from invjax.attacks.analytic.tensor.hermite import ACTIVATIONS
 from invjax.base import Array, Batch, Layer, Model, Params, PyTree
-from invjax.defenses.checks import check, choose
+from invjax.checks import check_choice, check_count
 
 
 def two_layer(width: int, activation: str = "tanh", *, bias: bool = True) -> Model:
@@ -24,13 +24,13 @@ def two_layer(width: int, activation: str = "tanh", *, bias: bool = True) -> Mod
       bias: whether there is an output bias `b`.
 
     Returns:
-      The model, with a layer view. It starts as `query` plants it.
+      The model, with a layer view. It starts as `query` plants it, with an output bias of zero.
 
     Raises:
       ValueError: no units, or an unknown activation.
     """
-    check("width", width, 1)
-    choose("activation", activation, tuple(ACTIVATIONS))
+    check_count("width", width, 1)
+    check_choice("activation", activation, tuple(ACTIVATIONS))
 
     def init(key: Array, input_shape: Sequence[int]) -> Params:
         shape = (math.prod(input_shape), width)
@@ -75,7 +75,8 @@ def query(
     """The server's query point: `a_j = 1/m`, standard normal `w_j`, and an output bias.
 
     A bias of 2 to 5 makes all residuals positive for labels of -1 and 1, so that signs are known and
-    no sample is invisible (the bias trick; the authors take 30 and 5; a large one only adds noise).
+    no sample is invisible: the bias trick (Wang, Lee and Lei 2023, remark 1 and appendix C). The authors
+    take 30 in the text and 5 in their code; a large one adds noise to what the outer gradient tells.
 
     Args:
       key: PRNG key of the weights.

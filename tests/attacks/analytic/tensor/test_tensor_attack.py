@@ -361,6 +361,8 @@ def test_errors():
         lib.tensor(model, noise_std=0.0)
     with pytest.raises(ValueError, match="one output"):
         lib.tensor(models.mlp((20,), activation="tanh"), method="paper")
+    with pytest.raises(ValueError, match="loss is for models of one output"):
+        lib.tensor(models.mlp((20,), activation="tanh"), loss="squared")
     with pytest.raises(ValueError, match="activation must be one of"):
         lib.two_layer(20, "sine")
     with pytest.raises(ValueError, match="width"):

@@ -114,6 +114,16 @@ def test_two_classes_are_told_apart_by_the_hidden_bias():
             check_few(*of_few_outputs(2, True, seed))
 
 
+def test_a_known_norm_is_that_of_the_inputs_without_the_constant_of_a_hidden_bias():
+    model = models.mlp((512,), 2, activation="tanh", init="lecun")
+    attack = lib.tensor(model, norm=1.0, polish=False)
+    inputs = features_of(0, 3, 16)
+    inputs /= jnp.linalg.norm(inputs, axis=1, keepdims=True)
+    params = model.init(jax.random.key(0), (16,))
+    found = attacked(model, attack, params, inputs, jnp.asarray([0, 1, 1]))
+    np.testing.assert_allclose(jnp.linalg.norm(found.inputs, axis=1), 1, atol=0.1)
+
+
 @pytest.mark.slow
 def test_one_logit_is_read_with_a_hidden_bias():
     with jax.enable_x64(True):
@@ -207,6 +217,9 @@ def test_errors():
         ({"batch_size": 0}, "batch_size must lie in"),
         ({"batch_size": 7}, r"\[1, 6\]"),
         ({"estimator": "both"}, "estimator must be one of"),
+        ({"noise_std": 0.0}, "noise_std must lie in"),
+        ({"restarts": -1}, "restarts must be a whole number"),
+        ({"max_steps": 0}, "max_steps must be a whole number"),
     ):
         with pytest.raises(ValueError, match=message):
             lib.head_features(model, params, params, **{"batch_size": 2, "key": key, **bad})

@@ -1,6 +1,6 @@
-"""Strengths: validation, display, and whether one is off.
+"""What arguments may be, and how they are shown: numbers, counts, choices, ranges of inputs.
 
-Traced strengths (a sweep's) and device arrays pass: only numbers on the host are checked.
+Traced numbers (a sweep's strengths) and device arrays pass: only those on the host are checked.
 """
 
 import math
@@ -11,11 +11,12 @@ import jax
 import numpy as np
 
 
-def _on_host(value: Any) -> bool:
+def on_host(value: Any) -> bool:
+    """Whether a strength's value can be looked at."""
     return isinstance(value, numbers.Real | np.generic | np.ndarray)
 
 
-def check(
+def check_number(
     name: str,
     value: Any,
     low: float,
@@ -38,9 +39,9 @@ def check(
       ValueError: the value is not a number, or out of the interval.
     """
     interval = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
-    if np.shape(value) != () or not (_on_host(value) or isinstance(value, jax.Array)):
+    if np.shape(value) != () or not (on_host(value) or isinstance(value, jax.Array)):
         raise ValueError(f"{name} must be a number in {interval}, got {value!r}.")
-    if not _on_host(value):
+    if not on_host(value):
         return
     above = value > low if open_low else value >= low
     below = value < high if open_high else value <= high
@@ -48,7 +49,22 @@ def check(
         raise ValueError(f"{name} must lie in {interval}, got {value}.")
 
 
-def choose(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def check_count(name: str, value: Any, least: int) -> None:
+    """Refuse what is no whole number, or too small a one.
+
+    Args:
+      name: the argument's name.
+      value: what was given; it decides shapes or loops, so it cannot be traced.
+      least: the smallest allowed.
+
+    Raises:
+      ValueError: it is not one of them.
+    """
+    if not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Refuse what is not one of a few words.
 
     Args:
@@ -65,7 +81,7 @@ def choose(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def equals(value: Any, number: float) -> bool:
     """Whether a strength is known to be a certain number; false for traced ones."""
-    return _on_host(value) and bool(value == number)
+    return on_host(value) and bool(value == number)
 
 
 def describe(name: str, *args: Any, **kwargs: Any) -> str:

@@ -1,29 +1,19 @@
 """Files that are the old one or the new one, whenever the machine stops."""
 
 import contextlib
-import json
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO
 
 
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} cannot be recorded as JSON: {value!r}.")
-
-
-def text(value: Any, **options: Any) -> str:
-    """JSON on one line, NumPy's scalars and arrays included; `json.dumps` takes the options."""
-    return json.dumps(value, default=_plain, **options)
-
-
-def npz_path(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """The npz file of a name; a `ValueError` where the name is fit for no file."""
-    if not name or name.startswith(".") or "/" in name or "\0" in name:
-        raise ValueError(f"{name!r} cannot name a file: empty, with a slash, or a dot first.")
-    return folder / f"{name}.npz"
+@contextlib.contextmanager
+def synced(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """A file to write into, which is on the disk at the end."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync(folder: pathlib.Path) -> None:
@@ -49,10 +39,8 @@ def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
     make(path.parent)
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
+        with synced(temporary) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -103,15 +103,18 @@ def test_parameters_depend_on_the_key_and_on_nothing_else(key):
     ("make", "message"),
     [
         (lambda: models.mlp((4,), activation="rellu"), "activation must be one of .*'rellu'"),
-        (lambda: models.lenet(init="default"), "init must be one of torch, he, lecun, wide"),
-        (lambda: models.convnet(norm="layer"), "norm must be one of none, batch, group"),
-        (lambda: models.resnet18(norm="none"), "norm must be one of group, batch"),
+        (
+            lambda: models.lenet(init="default"),
+            "init must be one of 'torch', 'he', 'lecun', 'wide'",
+        ),
+        (lambda: models.convnet(norm="layer"), "norm must be one of 'none', 'batch', 'group'"),
+        (lambda: models.resnet18(norm="none"), "norm must be one of 'group', 'batch'"),
         (lambda: models.resnet18(activation="no"), "activation must be one of .*no"),
         (lambda: models.resnet18(hidden=-1), "hidden must be at least 0, got -1"),
         (lambda: models.resnet18(width=0), "width must be at least 1, got 0"),
         (lambda: models.mlp((4, 0)), r"features of layer 2 \(dense\) must be at least 1, got 0"),
         (lambda: models.lenet(0), r"features of layer 4 \(dense\) must be at least 1, got 0"),
-        (lambda: chain_model([Spec("maxpool")], 2, "x"), "kind must be one of conv, .*'maxpool'"),
+        (lambda: chain_model([Spec("maxpool")], 2, "x"), "kind must be one of 'conv', .*'maxpool'"),
         (
             lambda: chain_model([Spec("max_pool", window=0)], 2, "x"),
             r"window of layer 0 \(max_pool\) must be at least 1",

@@ -302,7 +302,7 @@ def test_errors(victim):
         tableak(model, SCHEMA, num_steps=1)(jax.random.key(0), observation)
     with pytest.raises(ValueError, match="learning_rate must lie in"):
         tableak(model, schema, learning_rate=0.0)
-    with pytest.raises(ValueError, match="restarts must be at least 1"):
+    with pytest.raises(ValueError, match="restarts must be a whole number of at least 1"):
         tableak(model, schema, restarts=0)
     with pytest.raises(ValueError, match="grants none"):
         tableak(model, schema)(jax.random.key(0), observation._replace(labels=None))

@@ -39,6 +39,13 @@ def run(tmp_path_factory):
     return out
 
 
+def test_a_closed_form_has_no_objective_to_draw(tmp_path):
+    options = "attack --attack bias_trick --model mlp(8) --num-victims 1 --out"
+    assert cli.main([*options.split(), str(tmp_path / "run")]) == 0
+    assert [path.name for path in (tmp_path / "run" / "figures").iterdir()] == ["comparison.png"]
+    assert "<h2>Objective" not in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_folder(run):
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert files == {

@@ -281,12 +281,14 @@ def contents(
     made = store.versions()
     flat_truth = outcome.truth.reshape(-1, *outcome.truth.shape[2:])
     flat_reconstruction = outcome.reconstruction.reshape(flat_truth.shape)
-    captions = [f"{row['psnr']:.1f} dB" for row in outcome.rows]
+    captions = [
+        "exact" if row["psnr"] == np.inf else f"{row['psnr']:.1f} dB" for row in outcome.rows
+    ]
     span = run.raw_range(experiment.dataset)
-    figures = {
-        "comparison.png": report.comparison(flat_truth, flat_reconstruction, captions, span),
-        "objective.png": report.objective_curves(outcome.trace),
-    }
+    comparison = report.comparison(flat_truth, flat_reconstruction, captions, span)
+    drawn = {"Truth and reconstruction": ("comparison.png", comparison)}
+    if outcome.trace.size:  # closed forms take no steps
+        drawn["Objective"] = ("objective.png", report.objective_curves(outcome.trace))
     plain = {
         name: str(value) if isinstance(value, pathlib.Path) else value
         for name, value in settings.items()
@@ -297,10 +299,7 @@ def contents(
         headline=f"{config.attack} on {experiment.model.name}: {experiment.dataset.name}",
         lead=summary(outcome),
         rows=[short_row(row) for row in outcome.rows],
-        figures={
-            "Truth and reconstruction": figures["comparison.png"],
-            "Objective": figures["objective.png"],
-        },
+        figures={title: png for title, (_, png) in drawn.items()},
         settings={**settings, "seconds": f"{outcome.seconds:.1f}"},
         versions=made,
         command=command(config),
@@ -314,7 +313,7 @@ def contents(
             recovered_labels=outcome.recovered_labels,
             trace=outcome.trace,
         ),
-        **{f"figures/{name}": png for name, png in figures.items()},
+        **{f"figures/{name}": png for name, png in drawn.values()},
         "settings.json": store.json_text({"settings": settings, "versions": made}),
         "report.html": page.encode(),
     }

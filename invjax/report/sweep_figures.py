@@ -141,7 +141,7 @@ def curves(
       axis_name: written under the axis.
       values: `[V]`, in the order in which they are drawn where they are categories.
       lines: `[2, V]` by name, `MAX_LINES` at most: mean and standard error of the PSNR in decibels.
-        What is not finite is not drawn.
+        An infinite mean is an arrow at the top; what is else not finite is not drawn.
       baseline: `[V]` decibels, of a guess that saw no gradient; NaN where there is none.
 
     Returns:
@@ -171,6 +171,10 @@ def curves(
                 capsize=3,
             )
         ]
+        exact = (where + aside)[line[0] == np.inf]
+        top = np.full(exact.size, 0.97)
+        high = axis.get_xaxis_transform()
+        axis.plot(exact, top, "^", color=COLOURS[index], markersize=7, transform=high)
         labels += [_plain(name)]
     finite = np.where(np.isfinite(baseline), baseline, np.nan)[order]
     if np.isfinite(finite).any():

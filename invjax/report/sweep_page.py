@@ -273,7 +273,7 @@ def _axis(kept, axis, swept, values, running: bool) -> str:
         note += f" Drawn are the {len(drawn)} that reach the highest PSNR;"
         note += f" {len(lines) - len(drawn)} more were left out."
     if any(np.isposinf(line[0]).any() for line in drawn.values()):
-        note += " A mean over an exact reconstruction is infinite and not drawn."
+        note += " A mean over an exact reconstruction is infinite: an arrow."
     png = sweep_figures.curves(title, values[axis], drawn, np.asarray(baseline))
     picture = page.image(png, f"PSNR against {title}, a line per {by}")
     return f"<h3>PSNR against {title}</h3>{picture}<p class=note>{note}</p>"

@@ -333,6 +333,15 @@ def test_curves_of_any_numbers_are_drawn(fill, values):
     assert png.startswith(b"\x89PNG") and len(png) > 5000
 
 
+@pytest.mark.parametrize("values", [("none", "noise"), (1, 2)])
+def test_an_infinite_mean_is_an_arrow(values):
+    def curves(mean):
+        lines = {"dlg": np.array([[mean, 20.0], [np.nan, 1.0]])}
+        return sweep_figures.curves("axis", values, lines, np.full(2, np.nan))
+
+    assert curves(np.nan) == curves(np.nan) != curves(np.inf)
+
+
 @pytest.mark.parametrize(
     ("psnr", "found"),
     [

@@ -190,6 +190,11 @@ def test_the_package_is_the_command(monkeypatch, capsys):
     assert "usage: invjax COMMAND" in capsys.readouterr().out
 
 
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"invjax {invjax.__version__}, jax {jax.__version__}\n"
+
+
 def test_help(capsys):
     assert cli.main([]) == 0
     assert "invjax attack" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+import invjax
 from invjax import calls
 from invjax.cli import attack, audit, privacy, sweep, tradeoff
 
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(overview(), end="")
         return 0
+    if argv[0] == "--version":
+        print(f"invjax {invjax.__version__}, jax {jax.__version__}")
+        return 0
     if argv[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
         hint = calls.nearest(argv[0], COMMANDS)
@@ -57,7 +61,9 @@ def overview() -> str:
     """What `invjax --help` prints."""
     lines = [f"  {name:<9} {explained}" for name, (_, explained) in COMMANDS.items()]
     return (
-        "usage: invjax COMMAND [options]\n\ncommands:\n" + "\n".join(lines) + "\n\n"
+        "usage: invjax COMMAND [options]\n       invjax --version\n\ncommands:\n"
+        + "\n".join(lines)
+        + "\n\n"
         "`invjax attack` alone reconstructs handwritten digits. `invjax COMMAND --help` explains the "
         "options.\n"
     )

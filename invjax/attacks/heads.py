@@ -13,6 +13,7 @@ import numpy as np
 from invjax.base import Array, Model, Observation, Params, PyTree
 from invjax.checks import check_count
 from invjax.observe import check_observation, per_step_gradient
+from invjax.ranges import bounds
 
 FindHead = Callable[[PyTree], tuple[Array, Array | None]]
 
@@ -264,8 +265,5 @@ def dummy_inputs(observation: Observation) -> Array:
         return inputs[:: -(-inputs.shape[0] // _MAX_AUXILIARY)]
     # Drawn on the host: a constant of the compiled code, which XLA would fold slowly from a key.
     noise = np.random.default_rng(0).random((_NUM_NOISE, *facts.input_shape), np.float32)
-    low, high = (
-        jnp.broadcast_to(jnp.asarray(bound, jnp.float32), facts.input_shape)[None]
-        for bound in facts.input_range
-    )
-    return low + (high - low) * noise
+    low, high = bounds(facts.input_range, facts.input_shape, jnp.float32)
+    return low[None] + (high - low)[None] * noise

@@ -11,6 +11,7 @@ import numpy as np
 from invjax.base import Array, Bound, Layer
 from invjax.checks import check_count, check_number
 from invjax.models.layers import Layers, apply_layers
+from invjax.ranges import flat_bounds
 
 _LINEAR = ("conv", "average_pool", "global_average_pool", "flatten")
 
@@ -84,10 +85,7 @@ def invert_features(
             inputs, determined = _solve(front, features, input_shape)
             return Inverted(inputs, _residual(front, inputs, features), determined)
         check_finite_range(input_range)
-        low, high = (
-            jnp.broadcast_to(jnp.asarray(bound, features.dtype), input_shape).ravel()
-            for bound in input_range
-        )
+        low, high = flat_bounds(input_range, input_shape, features.dtype)
         return _search(
             key,
             front,

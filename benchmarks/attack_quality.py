@@ -36,7 +36,7 @@ def psnr(dataset, reconstruction, truth) -> float:
 def baselines(dataset, batch) -> dict[str, float]:
     raw = jnp.clip(datasets.denormalize(dataset, batch.inputs), 0, 1)
     mean = datasets.denormalize(dataset, dataset.inputs.mean(axis=0))
-    guesses = metrics.baselines(raw, jnp.asarray(mean), value_range=(0.0, 1.0))
+    guesses = metrics.baselines(raw, jnp.asarray(mean), input_range=(0.0, 1.0))
     return {name: float(value.mean()) for name, value in guesses.items()}
 
 
@@ -49,7 +49,7 @@ def victims(dataset, number: int, batch_size: int, model, labels: bool, seed: in
         key = jax.random.fold_in(jax.random.key(seed + 1), index)
         params = model.init(key, dataset.input_shape)
         observation = invjax.observe(
-            key, model, params, batch, input_range=dataset.value_range, grant_labels=labels
+            key, model, params, batch, input_range=dataset.input_range, grant_labels=labels
         )
         yield key, batch, observation
 
@@ -132,7 +132,7 @@ def run_peer(options) -> list[dict]:
             layers, weights, torch_peer.from_images(batch.inputs), labels
         )
         value = torch_peer.objective(layers, weights, target, labels, 0.01)
-        box = [torch.tensor(bound).view(1, -1, 1, 1) for bound in dataset.value_range]
+        box = [torch.tensor(bound).view(1, -1, 1, 1) for bound in dataset.input_range]
         loop = torch_peer.attack_loop(
             value, torch_peer.from_images(start), options.steps, box=box, decay=True
         )

@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     """Private samples.
 
     Attributes:
-      inputs: `[B, ...]` floats, in the data set's value range.
+      inputs: `[B, ...]` floats, in the data set's input range.
       labels: `[B]` integer classes, or `[B, C]` class probabilities.
     """
 

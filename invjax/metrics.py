@@ -314,7 +314,7 @@ def baselines(
     truth: Array,
     mean_image: Array,
     *,
-    value_range: tuple[float, float],
+    input_range: tuple[float, float],
     metric: Literal["psnr", "mse"] = "psnr",
 ) -> dict[str, Array]:
     """What guesses that saw no gradient achieve: mid-grey, and the mean image of the data set.
@@ -322,7 +322,7 @@ def baselines(
     Args:
       truth: `[B, ...]`.
       mean_image: `[...]`, of data that are not the truth.
-      value_range: lowest and highest possible value, each one number. Of data with a range a channel
+      input_range: lowest and highest possible value, each one number. Of data with a range a channel
         take `datasets.denormalize` first.
       metric: `psnr` or `mse`.
 
@@ -340,10 +340,10 @@ def baselines(
         )
     if metric not in ("psnr", "mse"):
         raise ValueError(f"metric must be 'psnr' or 'mse', got {metric!r}.")
-    low, high = value_range
+    low, high = input_range
     if np.ndim(low) or np.ndim(high):
-        raise ValueError(f"value_range must be two numbers, got {value_range}.")
-    _check_width("the width of value_range", high - low)
+        raise ValueError(f"input_range must be two numbers, got {input_range}.")
+    _check_width("the width of input_range", high - low)
     guesses = {
         "grey": jnp.full_like(truth, (low + high) / 2),
         "mean": jnp.broadcast_to(mean_image[None], truth.shape),

@@ -13,7 +13,7 @@ import pytest
 
 import invjax
 from invjax import cli
-from invjax.cli.sweep import _value_range
+from invjax.cli.sweep import _input_range
 from invjax.evaluation import grid
 from invjax.evaluation import sweep as engine
 
@@ -94,8 +94,8 @@ def test_a_sample_that_is_not_found_is_no_failed_job(file, tmp_path):
 def test_pictures_are_drawn_in_the_range_of_the_data(tmp_path):
     wide = tmp_path / "wide.npz"
     np.savez(wide, x=np.linspace(-1, 2, 64, dtype=np.float32).reshape(4, 4, 4, 1), y=np.arange(4))
-    assert _value_range(grid.Sweep(datasets=("digits", str(wide)))) == (-1.0, 2.0)
-    assert _value_range(grid.Sweep(datasets=("nowhere.npz",))) == (0.0, 1.0)
+    assert _input_range(grid.Sweep(datasets=("digits", str(wide)))) == (-1.0, 2.0)
+    assert _input_range(grid.Sweep(datasets=("nowhere.npz",))) == (0.0, 1.0)
 
 
 def test_plan_writes_nothing(file, tmp_path, capsys):

@@ -324,8 +324,8 @@ def test_labels_of_other_shapes_are_refused(metric):
 def test_baselines_are_the_metrics_of_the_guesses():
     truth = 3 * samples(0, 4, 8, 8, 1) - 1
     mean_image = samples(1, 8, 8, 1)
-    decibels = metrics.baselines(truth, mean_image, value_range=(-1.0, 2.0))
-    errors = metrics.baselines(truth, mean_image, value_range=(-1.0, 2.0), metric="mse")
+    decibels = metrics.baselines(truth, mean_image, input_range=(-1.0, 2.0))
+    errors = metrics.baselines(truth, mean_image, input_range=(-1.0, 2.0), metric="mse")
     np.testing.assert_allclose(
         errors["grey"], np.square(truth - 0.5).mean(axis=(1, 2, 3)), rtol=1e-5
     )
@@ -339,7 +339,7 @@ def test_baselines_are_the_metrics_of_the_guesses():
 
 def test_the_mean_image_is_the_best_constant_guess():
     truth = samples(0, 50, 6)
-    errors = metrics.baselines(truth, truth.mean(axis=0), value_range=(0.0, 1.0), metric="mse")
+    errors = metrics.baselines(truth, truth.mean(axis=0), input_range=(0.0, 1.0), metric="mse")
     assert errors["mean"].mean() < errors["grey"].mean()
 
 
@@ -348,13 +348,13 @@ def test_baselines_refuse_what_does_not_fit():
     with pytest.raises(
         ValueError, match=r"mean_image must have the shape \(8, 8, 3\).*\(8, 8, 1\)"
     ):
-        metrics.baselines(truth, truth[0, ..., :1], value_range=(0.0, 1.0))
+        metrics.baselines(truth, truth[0, ..., :1], input_range=(0.0, 1.0))
     with pytest.raises(ValueError, match="metric must be 'psnr' or 'mse', got 'ssim'"):
-        metrics.baselines(truth, truth[0], value_range=(0.0, 1.0), metric="ssim")
-    with pytest.raises(ValueError, match="width of value_range must be one positive number"):
-        metrics.baselines(truth, truth[0], value_range=(1.0, 1.0))
-    with pytest.raises(ValueError, match="value_range must be two numbers"):
-        metrics.baselines(truth, truth[0], value_range=(0.0, (1.0, 2.0, 3.0)))
+        metrics.baselines(truth, truth[0], input_range=(0.0, 1.0), metric="ssim")
+    with pytest.raises(ValueError, match="width of input_range must be one positive number"):
+        metrics.baselines(truth, truth[0], input_range=(1.0, 1.0))
+    with pytest.raises(ValueError, match="input_range must be two numbers"):
+        metrics.baselines(truth, truth[0], input_range=(0.0, (1.0, 2.0, 3.0)))
 
 
 # Transformations and errors.
@@ -368,7 +368,7 @@ BATCHED = {
     "exact_match_rate": lambda a, b: metrics.exact_match_rate(a, b, 0.5),
     "nearest_neighbor": metrics.nearest_neighbor,
     "feature_distance": lambda a, b: metrics.feature_distance(jnp.sin, a, b),
-    "baselines": lambda a, b: metrics.baselines(a, b[0], value_range=(0.0, 1.0)),
+    "baselines": lambda a, b: metrics.baselines(a, b[0], input_range=(0.0, 1.0)),
 }
 
 

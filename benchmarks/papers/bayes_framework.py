@@ -76,7 +76,7 @@ def attack(model, name: str, defense, weight, variation, steps: int):
 
 def runner(model, params, data, name: str, defense, steps: int):
     """`run(weight, variation, keys, images, labels) -> PSNR of each`, compiled once."""
-    low, high = (np.asarray(bound, np.float32) for bound in data.value_range)
+    low, high = (np.asarray(bound, np.float32) for bound in data.input_range)
 
     def one(weight, variation, key, image, label):
         observation = invjax.observe(

@@ -277,14 +277,14 @@ def write_report(folder: pathlib.Path) -> pathlib.Path:
         versions={name: value for name, value in record.get("versions", {}).items() if value},
         command=shlex.join(["invjax", "sweep", "--resume", "--out", str(folder)]),
         problems=found.damaged,
-        value_range=_value_range(settings),
+        input_range=_input_range(settings),
     )
     path = folder / "report.html"
     files.write_atomic(path, page.encode())
     return path
 
 
-def _value_range(settings: grid.Sweep) -> tuple[float, float]:
+def _input_range(settings: grid.Sweep) -> tuple[float, float]:
     """Least and greatest value of the data sets; [0, 1] where the files are not on this machine."""
     try:
         loaded = [jobs.load(name, settings.data_dir) for name in settings.datasets]
@@ -313,5 +313,5 @@ def _samples(folder, found, blocks, cell):
 
 
 def _psnr(row) -> float:
-    """Of a sample that may be shown; NaN for one that failed."""
+    """Of a sample that may be shown; NaN for one that is left out."""
     return row["psnr"] if row["status"] == "ok" else float("nan")

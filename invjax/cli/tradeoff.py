@@ -135,7 +135,7 @@ def write_report(folder: pathlib.Path) -> pathlib.Path:
         samples=functools.partial(engine.reconstructions, folder),
         versions={name: value for name, value in versions.items() if value},
         command=shlex.join(["invjax", "tradeoff", "--resume", "--out", str(folder)]),
-        value_range=run.raw_range(dataset),
+        input_range=run.raw_range(dataset),
     )
     path = folder / "report.html"
     files.write_atomic(path, page.encode())

@@ -156,7 +156,7 @@ def from_table(
     dataset = from_arrays(name, encode(schema, table), np.asarray(labels), class_names)
     mean, std = (moment.astype(np.float32) for moment in moments(schema))
     return dataclasses.replace(
-        dataset, value_range=input_range(schema), mean=mean, std=std, is_normalized=True
+        dataset, input_range=input_range(schema), mean=mean, std=std, is_normalized=True
     )
 
 

@@ -26,7 +26,7 @@ class Dataset:
       inputs: `[N, H, W, C]` or `[N, d]` float32.
       labels: `[N]` int32.
       class_names: name of every class.
-      value_range: lowest and highest value of the inputs, each one number or one per channel.
+      input_range: lowest and highest value of the inputs, each one number or one per channel.
       mean: `[C]` channel means of the raw data (`[d]` for vectors).
       std: `[C]` channel standard deviations of the raw data (`[d]` for vectors).
       is_normalized: whether the inputs are standardised, by `normalized` or as a table's are;
@@ -37,7 +37,7 @@ class Dataset:
     inputs: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
-    value_range: tuple[Bound, Bound]
+    input_range: tuple[Bound, Bound]
     mean: np.ndarray
     std: np.ndarray
     is_normalized: bool = False
@@ -110,7 +110,7 @@ def from_arrays(
         inputs=inputs,
         labels=labels.astype(np.int32),
         class_names=names,
-        value_range=_value_range(inputs),
+        input_range=_input_range(inputs),
         mean=mean,
         std=std,
     )
@@ -136,7 +136,7 @@ def _moments(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), std.astype(np.float32)
 
 
-def _value_range(inputs: np.ndarray) -> tuple[Bound, Bound]:
+def _input_range(inputs: np.ndarray) -> tuple[Bound, Bound]:
     low, high = float(inputs.min()), float(inputs.max())
     if inputs.ndim == 4 or (low >= 0 and high <= 1):
         return min(low, 0.0), max(high, 1.0)
@@ -167,11 +167,11 @@ def normalized(dataset: Dataset) -> Dataset:
     scale = _scale(dataset)
     low, high = (
         tuple(float(value) for value in (np.asarray(bound, np.float32) - dataset.mean) / scale)
-        for bound in dataset.value_range
+        for bound in dataset.input_range
     )
     inputs = dataset.inputs - dataset.mean
     inputs /= scale
-    return dataclasses.replace(dataset, inputs=inputs, value_range=(low, high), is_normalized=True)
+    return dataclasses.replace(dataset, inputs=inputs, input_range=(low, high), is_normalized=True)
 
 
 def denormalize(dataset: Dataset, inputs):

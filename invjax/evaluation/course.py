@@ -87,7 +87,7 @@ def attack_over_training(
             params,
             batch,
             defense,
-            input_range=dataset.value_range,
+            input_range=dataset.input_range,
             grant_labels=grant_labels,
         )
         return seen._replace(params=None), prepared_batch(key, params, batch, defense)

@@ -130,7 +130,7 @@ def client(setting: Setting) -> Callable[..., Observation]:
             params,
             sample,
             setting.defense(numbers),
-            input_range=setting.dataset.value_range,
+            input_range=setting.dataset.input_range,
             grant_labels=setting.grant_labels,
         )._replace(params=None)
 

@@ -109,7 +109,7 @@ def _watch(experiment: Experiment, key: Array, batch: Batch) -> Observation:
         experiment.params,
         batch,
         experiment.defense,
-        input_range=experiment.dataset.value_range,
+        input_range=experiment.dataset.input_range,
         grant_labels=experiment.grant_labels,
     )
 
@@ -208,7 +208,7 @@ def measure(
     """Metrics and baselines of every sample.
 
     Args:
-      dataset: says the value range and the mean image (over the whole set).
+      dataset: says the input range and the mean image (over the whole set).
       truth: `[N, B, ...]`, raw units.
       reconstruction: `[N, B, ...]`, raw units, matched to the truth.
 
@@ -225,7 +225,7 @@ def measure(
     if flat[0].ndim == 4:
         columns["ssim"] = metrics.ssim(flat[1], flat[0], data_range=high - low)
     mean_image = jnp.asarray(datasets.denormalize(dataset, dataset.inputs.mean(axis=0)))
-    guesses = metrics.baselines(flat[0], mean_image, value_range=(low, high))
+    guesses = metrics.baselines(flat[0], mean_image, input_range=(low, high))
     columns |= {f"baseline_{name}_psnr": value for name, value in guesses.items()}
     arrays = {name: np.asarray(value) for name, value in columns.items()}
     return [{name: float(value[i]) for name, value in arrays.items()} for i in range(len(flat[0]))]
@@ -236,7 +236,7 @@ def raw_range(dataset: datasets.Dataset) -> tuple[float, float]:
     channels = dataset.mean.shape
     low, high = (
         float(np.mean(datasets.denormalize(dataset, np.broadcast_to(bound, channels))))
-        for bound in dataset.value_range
+        for bound in dataset.input_range
     )
     return low, high
 

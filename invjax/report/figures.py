@@ -28,7 +28,7 @@ def comparison(
     truth: np.ndarray,
     reconstruction: np.ndarray,
     captions: list[str],
-    value_range: tuple[float, float],
+    input_range: tuple[float, float],
 ) -> bytes:
     """Truth above, reconstruction below, a column a sample.
 
@@ -36,7 +36,7 @@ def comparison(
       truth: `[N, H, W, C]` images, or `[N, d]` vectors (drawn as curves).
       reconstruction: likewise.
       captions: under every reconstruction.
-      value_range: what is drawn black and white.
+      input_range: what is drawn black and white.
 
     Returns:
       A PNG file.
@@ -55,15 +55,15 @@ def comparison(
             axis.set_axis_on()
             axis.set_xticks([])
             axis.set_yticks([])
-            _draw(axis, sample, value_range)
+            _draw(axis, sample, input_range)
             if column == 0:
                 axis.set_ylabel("truth" if row % 2 == 0 else "reconstructed", fontsize=9)
         axes[2 * block + 1, column].set_xlabel(captions[index], fontsize=8)
     return png(figure)
 
 
-def _draw(axis, sample: np.ndarray, value_range: tuple[float, float]) -> None:
-    low, high = value_range
+def _draw(axis, sample: np.ndarray, input_range: tuple[float, float]) -> None:
+    low, high = input_range
     if sample.ndim != 3:
         axis.plot(sample.reshape(-1), linewidth=0.8)
         return

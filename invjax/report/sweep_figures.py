@@ -211,11 +211,11 @@ def extremes(psnr: np.ndarray) -> dict[str, int]:
     """Which samples of a cell stand for all of it.
 
     Args:
-      psnr: `[N]` decibels; NaN and minus infinity are failures.
+      psnr: `[N]` decibels; samples of NaN and minus infinity are left out.
 
     Returns:
       Indices of the best, the median (the lower one of two) and the worst sample, in that order, as
-      far as there are as many; nothing where all have failed.
+      far as there are as many; nothing where all are left out.
     """
     psnr = np.asarray(psnr, float).reshape(-1)
     kept = np.flatnonzero(psnr > -np.inf)
@@ -231,13 +231,13 @@ def extremes(psnr: np.ndarray) -> dict[str, int]:
 
 
 def extremes_figure(
-    arrays: Mapping[str, np.ndarray], value_range: tuple[float, float]
+    arrays: Mapping[str, np.ndarray], input_range: tuple[float, float]
 ) -> tuple[bytes, str] | None:
     """Best, median and worst reconstruction of a cell, with the truth above.
 
     Args:
       arrays: `truth` and `reconstruction`, both `[N, H, W, C]` or `[N, d]`, and `psnr`, `[N]` decibels.
-      value_range: what is drawn black and white.
+      input_range: what is drawn black and white.
 
     Returns:
       A PNG file and its description; `None` where no sample came back.
@@ -251,4 +251,4 @@ def extremes_figure(
     truth, reconstruction = (
         np.asarray(arrays[side])[list(chosen.values())] for side in ("truth", "reconstruction")
     )
-    return figures.comparison(truth, reconstruction, captions, value_range), ", ".join(captions)
+    return figures.comparison(truth, reconstruction, captions, input_range), ", ".join(captions)

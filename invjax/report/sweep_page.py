@@ -64,8 +64,8 @@ class Cell(NamedTuple):
     median: float
 
 
-def failure(row: Mapping[str, Any]) -> str:
-    """Why a row counts as failed; empty where it does not."""
+def omission(row: Mapping[str, Any]) -> str:
+    """Why a row is left out of every average; empty where it is not."""
     if row.get("status", "ok") != "ok":
         return str(row.get("reason") or row["status"])
     if row.get("psnr") is None:
@@ -83,7 +83,7 @@ def sweep_page(
     versions: Mapping[str, str],
     command: str,
     problems: Sequence[str] = (),
-    value_range: tuple[float, float] = (0.0, 1.0),
+    input_range: tuple[float, float] = (0.0, 1.0),
 ) -> str:
     """The report of a sweep.
 
@@ -91,8 +91,8 @@ def sweep_page(
       headline: what was swept.
       rows: a dict a sample: `cell`, the axes `dataset`, `model`, `train_steps`, `defense`, `attack`
         and `batch_size`, `psnr` in decibels, `ssim`, `label_right`, `baseline_grey_psnr`,
-        `baseline_mean_psnr`, `seconds` (a sample's share), `status` (`ok`, or the row counts as
-        failed) and `reason`. A metric that is missing, `None` or NaN is left out of its average.
+        `baseline_mean_psnr`, `seconds` (a sample's share), `status` (`ok`, or the row is
+        left out) and `reason`. A metric that is missing, `None` or NaN is left out of its average.
       samples: from a cell's name to `truth` and `reconstruction`, `[N, H, W, C]` or `[N, d]`, and
         `psnr`, `[N]` decibels; `None` while there are none. Called once a cell, for one at a time.
       planned: rows of the finished sweep.
@@ -100,7 +100,7 @@ def sweep_page(
       versions: of what made it.
       command: that resumes or repeats it.
       problems: files that could not be read, a line each.
-      value_range: what is drawn black and white.
+      input_range: what is drawn black and white.
 
     Returns:
       An HTML page that needs no other file.
@@ -116,8 +116,8 @@ def sweep_page(
         f"{_lead(cells, len(rows), planned, len(problems))}"
         f"<h2>Cells</h2>{_constants(values)}{_cell_table(cells, swept, values)}"
         f"<h2>Along every axis</h2>{''.join(curves) or '<p>none</p>'}"
-        f"<h2>What came back</h2>{_pictures(cells, samples, value_range)}"
-        f"<h2>Failures</h2>{_failures(cells, problems)}"
+        f"<h2>What came back</h2>{_pictures(cells, samples, input_range)}"
+        f"<h2>Left out</h2>{_left_out(cells, problems)}"
     )
     return page.document(
         headline,
@@ -138,7 +138,7 @@ def _cells(rows: Sequence[Mapping[str, Any]], swept: Sequence[str]) -> list[Cell
     for name, group in groups.items():
         at = {axis.replace("_", " "): group[0].get(axis) for axis in swept}
         words = (f"{a} {v}" if is_number(v) else str(v) for a, v in at.items())
-        kept = [row for row in group if not failure(row)]
+        kept = [row for row in group if not omission(row)]
         psnr = column(kept, "psnr")
         median = float(np.median(psnr)) if psnr.size else np.nan
         found.append(Cell(name, ", ".join(words) or name, group, kept, median))
@@ -152,14 +152,14 @@ def _count(number: int, what: str) -> str:
 def _lead(cells: Sequence[Cell], done: int, planned: int, damaged: int) -> str:
     so_far = " so far" if done < planned else ""
     text = f"{done} of {_count(planned, 'sample')}{so_far}, over {_count(len(cells), 'cell')}."
-    reasons = Counter(filter(None, (failure(row) for cell in cells for row in cell.rows)))
+    reasons = Counter(filter(None, (omission(row) for cell in cells for row in cell.rows)))
     if reasons:
         told = [f"{sweep_figures.shorten(r, 80)} ({n})" for r, n in reasons.most_common(3)]
         if len(reasons) > 3:
             told.append(_count(len(reasons) - 3, "other reason"))
-        text += f" {reasons.total()} failed: {'; '.join(told)}."
+        text += f" {reasons.total()} left out: {'; '.join(told)}."
     elif cells:
-        text += " None failed."
+        text += " None left out."
     ranked = sorted((c for c in cells if not np.isnan(c.median)), key=lambda c: c.median)
     if len(ranked) > 1:
         ends = (("Best defended", ranked[0]), ("most exposed", ranked[-1]))
@@ -170,7 +170,7 @@ def _lead(cells: Sequence[Cell], done: int, planned: int, damaged: int) -> str:
     if len(ranked) < len(cells):
         text += f" Nothing came back in {_count(len(cells) - len(ranked), 'cell')}, not ranked."
     if damaged:
-        text += f" {_count(damaged, 'file')} could not be read: see Failures."
+        text += f" {_count(damaged, 'file')} could not be read: see Left out."
     return f"<p class=lead>{html.escape(text)}</p>"
 
 
@@ -193,7 +193,7 @@ def _measures(cell: Cell) -> dict[str, tuple[str, float]]:
         for name in ("label_right", "baseline_grey_psnr", "baseline_mean_psnr")
     )
     above, cost = mean_error(psnr > GOOD)[0], mean_error(column(cell.rows, "seconds"))[0]
-    failed = len(cell.rows) - len(cell.kept)
+    left_out = len(cell.rows) - len(cell.kept)
     return {
         "n": (str(len(cell.kept)), len(cell.kept)),
         "median PSNR": (f"{cell.median:.1f}", cell.median),
@@ -203,7 +203,7 @@ def _measures(cell: Cell) -> dict[str, tuple[str, float]]:
         "labels right": (f"{right:.0%}", right),
         "grey guess": (f"{grey:.1f}", grey),
         "mean guess": (f"{average:.1f}", average),
-        "failed": (str(failed), failed),
+        "left out": (str(left_out), left_out),
         "s / sample": (f"{cost:.3g}", cost),
     }
 
@@ -235,7 +235,8 @@ def _cell_table(
         + "</tbody></table></div><p class=note>A click on a column's head sorts by it. PSNR in decibels, "
         "higher is closer: more exposed; <em>mean PSNR</em> is given ± its standard error over samples "
         "(those of one batch are not independent of each other). <em>n</em> samples came back and are "
-        "averaged; those that <em>failed</em> are not, whichever way they would move the figures. "
+        "averaged; those <em>left out</em>, whose attack failed or knows that it did not find them, are not, "
+        "whichever way they would move the figures. "
         "<em>grey</em> and <em>mean guess</em> are the mean PSNR of a mid-grey image and of the data "
         "set's mean image, which saw no gradient. A low PSNR says that these attacks did not succeed, "
         "not that none can.</p>"
@@ -282,11 +283,11 @@ def _axis(kept, axis, swept, values, running: bool) -> str:
 def _pictures(
     cells: Sequence[Cell],
     samples: Callable[[str], Mapping[str, np.ndarray] | None],
-    value_range: tuple[float, float],
+    input_range: tuple[float, float],
 ) -> str:
     if not cells:
         return "<p>none</p>"
-    blocks = [_picture(cell, samples, value_range) for cell in cells]
+    blocks = [_picture(cell, samples, input_range) for cell in cells]
     shown = "".join(
         f"<figure><figcaption>{head}</figcaption>{body}</figure>" for head, body in blocks[:OPEN]
     )
@@ -300,23 +301,23 @@ def _pictures(
     )
 
 
-def _picture(cell: Cell, samples, value_range: tuple[float, float]) -> tuple[str, str]:
+def _picture(cell: Cell, samples, input_range: tuple[float, float]) -> tuple[str, str]:
     """Head and body; a cell's arrays die with this call, before the next cell's are asked for."""
     arrays = samples(cell.name)
     head = html.escape(cell.label)
     if arrays is None:
         return head, "<p class=note>No arrays yet.</p>"
-    found = sweep_figures.extremes_figure(arrays, value_range)
+    found = sweep_figures.extremes_figure(arrays, input_range)
     if found is None:
         return head, "<p class=note>No sample came back.</p>"
     png, description = found
     return head, page.image(png, f"{cell.label}: {description}")
 
 
-def _failures(cells: Sequence[Cell], problems: Sequence[str]) -> str:
+def _left_out(cells: Sequence[Cell], problems: Sequence[str]) -> str:
     where: dict[str, Counter[str]] = {}
     for cell in cells:
-        for reason in filter(None, map(failure, cell.rows)):
+        for reason in filter(None, map(omission, cell.rows)):
             where.setdefault(reason, Counter())[cell.label] += 1
     table = []
     for reason, counts in sorted(where.items(), key=lambda item: -item[1].total()):

@@ -134,14 +134,14 @@ def _scales(axis, lines, levels, floor, guess, percent) -> None:
 def reconstructions(
     truth: np.ndarray,
     rows: Mapping[str, np.ndarray],
-    value_range: tuple[float, float],
+    input_range: tuple[float, float],
 ) -> bytes:
     """The same private samples behind every defence, as the strongest attack gives them back.
 
     Args:
       truth: `[N, H, W, C]` or `[N, d]`; the first `SHOWN` are drawn.
       rows: reconstructions of the same shape, by caption.
-      value_range: what is drawn black and white.
+      input_range: what is drawn black and white.
 
     Returns:
       A PNG file.
@@ -154,7 +154,7 @@ def reconstructions(
         for axis, sample in zip(line, samples, strict=False):
             axis.set_xticks([])
             axis.set_yticks([])
-            figures._draw(axis, sample, value_range)
+            figures._draw(axis, sample, input_range)
         plain = " " + caption.replace("$", r"\$")
         line[0].set_ylabel(plain, fontsize=8, rotation=0, ha="right", va="center")
     return figures.png(figure)

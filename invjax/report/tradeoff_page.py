@@ -25,7 +25,7 @@ def tradeoff_page(
     samples: Samples,
     versions: Mapping[str, str],
     command: str,
-    value_range: tuple[float, float] = (0.0, 1.0),
+    input_range: tuple[float, float] = (0.0, 1.0),
 ) -> str:
     """The report of a comparison.
 
@@ -36,7 +36,7 @@ def tradeoff_page(
         `evaluation.tradeoff.reconstructions` gives them; `None` where there are none.
       versions: of what made it.
       command: that resumes or repeats it.
-      value_range: what is drawn black and white.
+      input_range: what is drawn black and white.
 
     Returns:
       An HTML page that needs no other file.
@@ -44,9 +44,9 @@ def tradeoff_page(
     headline = f"Defences at equal utility: {settings.dataset}, {settings.model}"
     ranked = "".join(_ranking(settings, result, level) for level in settings.levels)
     pictures = "".join(
-        _pictures(settings, result, level, samples, value_range) for level in settings.levels
+        _pictures(settings, result, level, samples, input_range) for level in settings.levels
     )
-    span = value_range[1] - value_range[0]
+    span = input_range[1] - input_range[0]
     body = (
         f"{_lead(settings, result)}"
         f"<h2>Ranking</h2>{ranked}"
@@ -274,7 +274,7 @@ def _refused(settings: Tradeoff, result: Result) -> str:
     return page.table(rows)
 
 
-def _pictures(settings, result, level, samples, value_range) -> str:
+def _pictures(settings, result, level, samples, input_range) -> str:
     rows: Sequence[Mapping[str, Any]] = [row for row in result.table if row["level"] == level]
     truth, found = None, {}
     for row in sorted(rows, key=lambda row: -(row["mse"] or 0)):
@@ -288,6 +288,6 @@ def _pictures(settings, result, level, samples, value_range) -> str:
         found[f"{row['defense']}{aside}\n{row['psnr']:.1f} dB"] = arrays["reconstruction"]
     if truth is None:
         return ""
-    png = tradeoff_figures.reconstructions(truth, found, value_range)
+    png = tradeoff_figures.reconstructions(truth, found, input_range)
     caption = f"At a price of {_amount(settings, level)}"
     return f"<h3>{caption}</h3>{page.image(png, caption)}"

@@ -111,7 +111,7 @@ def test_range_is_what_rows_attain():
 def test_dataset_of_a_table():
     dataset = tabular.from_table("people", SCHEMA, TABLE, [0, 1, 1], ("no", "yes"))
     assert (dataset.name, dataset.input_shape, dataset.num_classes) == ("people", (7,), 2)
-    assert dataset.value_range == tabular.input_range(SCHEMA)
+    assert dataset.input_range == tabular.input_range(SCHEMA)
     expected = [[55, 0, 1, 0, 0, 1, 0], [20, 1, 0, 0, 0, 0, 1], [70, 1, 0, 1, 0, 0, 0]]
     np.testing.assert_allclose(datasets.denormalize(dataset, dataset.inputs), expected, atol=1e-5)
     # It is in model units already.
@@ -179,7 +179,7 @@ def test_adult(data_dir):
     both = np.concatenate([train.inputs, dataset.inputs])
     # Only the category that no complete row has ("Never-worked") does not vary.
     np.testing.assert_allclose(np.sort(both.std(axis=0))[:2], [0, 1], atol=1e-3)
-    low, high = (np.array(bound) for bound in dataset.value_range)
+    low, high = (np.array(bound) for bound in dataset.input_range)
     assert (both >= low - 1e-4).all() and (both <= high + 1e-4).all()
     # The first complete row of the published test file.
     row = tabular.decode(schema, jnp.asarray(dataset.inputs[0]))

@@ -40,7 +40,7 @@ def test_moments_are_those_of_the_raw_data(seed, shape, dtype):
     np.testing.assert_allclose(dataset.std, values.std(axis=axes), atol=1e-6)
     assert dataset.input_shape == values.shape[1:]
     assert (dataset.inputs.dtype, dataset.labels.dtype) == (np.float32, np.int32)
-    assert dataset.value_range == (0.0, 1.0)
+    assert dataset.input_range == (0.0, 1.0)
     assert dataset.num_classes == 3
     assert dataset.class_names == ("0", "1", "2")
     assert len(dataset) == len(raw)
@@ -54,16 +54,16 @@ def test_large_means_do_not_swamp_the_deviation():
 
 
 def test_the_range_covers_the_data():
-    assert build(images() / 127.5 - 1).value_range[0] < 0
-    assert build(np.float32([[[[-1.0]]], [[[0.5]]]])).value_range == (-1.0, 1.0)
-    assert build(np.float32([[[[0.0]]], [[[255.0]]]])).value_range == (0.0, 255.0)
-    assert build(np.float32([[0.2], [0.5]])).value_range == (0.0, 1.0)
+    assert build(images() / 127.5 - 1).input_range[0] < 0
+    assert build(np.float32([[[[-1.0]]], [[[0.5]]]])).input_range == (-1.0, 1.0)
+    assert build(np.float32([[[[0.0]]], [[[255.0]]]])).input_range == (0.0, 255.0)
+    assert build(np.float32([[0.2], [0.5]])).input_range == (0.0, 1.0)
 
 
 def test_vectors_with_units_have_a_range_a_feature():
     dataset = build(np.float32([[-1, 300, 7], [2, 100, 7]]))
     # A constant feature gets an interval of length one.
-    assert dataset.value_range == ((-1.0, 100.0, 7.0), (2.0, 300.0, 8.0))
+    assert dataset.input_range == ((-1.0, 100.0, 7.0), (2.0, 300.0, 8.0))
 
 
 def test_class_names_and_column_labels():
@@ -119,7 +119,7 @@ def test_normalized_has_zero_mean_and_unit_variance_and_an_inverse(seed, shape):
     np.testing.assert_allclose(dataset.inputs.std(axis=axes), 1, atol=1e-5)
     np.testing.assert_allclose(datasets.denormalize(dataset, dataset.inputs), raw.inputs, atol=1e-6)
     # The same map takes the range: black and white come back as 0 and 1.
-    low, high = (np.float32(bound) for bound in dataset.value_range)
+    low, high = (np.float32(bound) for bound in dataset.input_range)
     assert (dataset.inputs >= low - 1e-5).all()
     assert (dataset.inputs <= high + 1e-5).all()
     np.testing.assert_allclose(datasets.denormalize(dataset, low), 0, atol=1e-6)
@@ -141,7 +141,7 @@ def test_a_constant_channel_becomes_zero():
     dataset = datasets.normalized(build(inputs))
     np.testing.assert_allclose(dataset.inputs[..., 1], 0, atol=1e-6)
     np.testing.assert_allclose(datasets.denormalize(dataset, dataset.inputs), inputs, atol=1e-6)
-    assert np.abs(dataset.value_range).max() < 100
+    assert np.abs(dataset.input_range).max() < 100
 
 
 def test_denormalize_takes_jax_arrays_under_jit_and_any_leading_axes():

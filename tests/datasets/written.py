@@ -21,7 +21,7 @@ def pixels(*shape, seed=0):
 def check(dataset, raw, labels):
     np.testing.assert_allclose(dataset.inputs, raw / 255, atol=1e-6)
     np.testing.assert_array_equal(dataset.labels, labels)
-    assert dataset.value_range == (0.0, 1.0)
+    assert dataset.input_range == (0.0, 1.0)
 
 
 def idx_bytes(array):

@@ -115,7 +115,7 @@ def test_rows_are_the_metrics_of_the_matched_reconstruction(outcome):
     assert [(row["victim"], row["sample"]) for row in outcome.rows] == [
         (victim, sample) for victim in range(3) for sample in range(2)
     ]
-    low, high = images().value_range
+    low, high = images().input_range
     assert (low, high) != (0.0, 1.0)
     for row in outcome.rows:
         victim, sample = row["victim"], row["sample"]
@@ -144,7 +144,7 @@ def test_a_normalized_data_set_is_measured_in_raw_units(outcome):
     normalized = datasets.normalized(images())
     scaled = attack_victims(experiment(ATTACK, normalized))
     np.testing.assert_allclose(scaled.truth, outcome.truth, atol=1e-5)
-    low, high = images().value_range
+    low, high = images().input_range
     assert run.raw_range(normalized) == pytest.approx((low, high), abs=1e-5)
     for row, raw in zip(scaled.rows, outcome.rows, strict=True):
         # The starts differ, the guesses that look at no gradient do not.
@@ -203,7 +203,7 @@ def test_baselines_by_hand(low, high):
     inputs = np.full((4, *SHAPE), low, np.float32)
     inputs[3] = high
     dataset = datasets.from_arrays("ends", inputs, np.zeros(4, int))
-    assert dataset.value_range == (low, high)
+    assert dataset.input_range == (low, high)
     truth = inputs[[0, 3]][None]
     rows = run.measure(dataset, truth, truth + np.float32(0.1 * span))
     assert len(rows) == 2

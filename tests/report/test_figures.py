@@ -19,10 +19,10 @@ def pixels(png):
     return grey
 
 
-def compare(shape, truth=0.9, reconstruction=0.4, value_range=(0.0, 1.0)):
+def compare(shape, truth=0.9, reconstruction=0.4, input_range=(0.0, 1.0)):
     sides = (np.full(shape, value, np.float32) for value in (truth, reconstruction))
     captions = [f"{index} dB" for index in range(shape[0])]
-    return pixels(report.comparison(*sides, captions, value_range))
+    return pixels(report.comparison(*sides, captions, input_range))
 
 
 @pytest.mark.parametrize("sample", [(8, 8, 1), (8, 8, 3), (5, 9, 2), (1, 1, 1), (12,), (1,)])
@@ -45,14 +45,14 @@ def test_truth_is_above_and_the_range_is_black_to_white(channels, low, high):
     height = compare((1, 4, 4, channels)).shape[0]
     for values in ((high, low), (low, high)):
         # The middle column of pixels goes through both samples.
-        image = compare((1, 4, 4, channels), *values, value_range=(low, high))
+        image = compare((1, 4, 4, channels), *values, input_range=(low, high))
         column = image[:, image.shape[1] // 2]
         above, below = column[height // 4], column[3 * height // 4]
         assert (above > 250 and below < 5) if values[0] == high else (above < 5 and below > 250)
     # What leaves the range is drawn at its end.
     np.testing.assert_array_equal(
-        compare((1, 4, 4, channels), 5 * high, low - 9, value_range=(low, high)),
-        compare((1, 4, 4, channels), high, low, value_range=(low, high)),
+        compare((1, 4, 4, channels), 5 * high, low - 9, input_range=(low, high)),
+        compare((1, 4, 4, channels), high, low, input_range=(low, high)),
     )
 
 

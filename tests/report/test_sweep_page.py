@@ -1,59 +1,20 @@
-"""The page of a sweep: figures by hand, failures counted, one cell's arrays at a time, no link out."""
+"""The page of a sweep: figures by hand, omissions counted, one cell's arrays at a time, no link out."""
 
 import gc
 import re
 import weakref
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from parsed import Parsed
 
 from invjax import report
 from invjax.report import sweep_figures
-from invjax.report.sweep_page import failure
+from invjax.report.sweep_page import omission
 
-VOID = {"meta", "img"}
 EVIL = '<script>alert(\'"&amp;")</script>'
 PICTURE = b"\x89PNG\r\n\x1a\n and so on"
 KEYS = ("dataset", "model", "train_steps", "defense", "attack", "batch_size")
-
-
-class Parsed(HTMLParser):
-    """The page's tags, attributes, text and tables; an unbalanced tag is an error."""
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.open, self.tags, self.attributes, self.text, self.tables = [], [], [], "", []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag == "table":
-            self.tables.append([])
-        if tag == "tr":
-            self.tables[-1].append([])
-        if tag in ("td", "th"):
-            self.tables[-1][-1].append([dict(attrs), ""])
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "script" not in self.open and "style" not in self.open:
-            self.text += data
-        if self.open and self.open[-1] in ("td", "th"):
-            self.tables[-1][-1][-1][1] += data
-
-    def cells(self):
-        """The table of cells as a dict a row."""
-        head, *body = self.tables[0]
-        names = [text for _, text in head]
-        return [dict(zip(names, (text for _, text in row), strict=True)) for row in body]
 
 
 def row(psnr, **changes):
@@ -124,7 +85,7 @@ def test_the_table_by_hand(drawn, number):
         row(p, label_right=r, ssim=s, seconds=2.0 * p)
         for p, r, s in zip(psnr, right, (0.1, 0.2, None, 0.9), strict=False)
     ]
-    (found,) = Parsed(make([*rows, failed(seconds=9.0), failed(seconds=None)])).cells()
+    (found,) = Parsed(make([*rows, failed(seconds=9.0), failed(seconds=None)])).records()
     error = psnr.std(ddof=1) / np.sqrt(number) if number > 1 else 0
     assert found == {
         "cell": "c0",
@@ -136,7 +97,7 @@ def test_the_table_by_hand(drawn, number):
         "labels right": "75%" if number > 1 else "100%",
         "grey guess": "6.0",
         "mean guess": "11.0",
-        "failed": "2",
+        "left out": "2",
         "s / sample": f"{(2 * psnr.sum() + 9) / (number + 1):.3g}",
     }
 
@@ -158,7 +119,7 @@ def test_vectors_have_no_ssim_and_exact_copies_count(drawn):
     for each in rows:
         del each["ssim"]
     parsed = Parsed(make(rows))
-    (found,) = parsed.cells()
+    (found,) = parsed.records()
     assert found["median SSIM"] == "–" and found["n"] == "3" and found["above 30 dB"] == "67%"
     assert found["median PSNR"] == found["mean PSNR"] == "inf"
     values = {attributes["data-value"] for attributes, _ in parsed.tables[0][1]}
@@ -178,31 +139,31 @@ def test_vectors_have_no_ssim_and_exact_copies_count(drawn):
         ({"cell": "c0", "status": "failed", "reason": "x < y"}, "x < y"),
     ],
 )
-def test_failures_are_counted_and_averaged_nowhere(drawn, bad, reason):
-    assert failure(row(20.0)) == failure(row(np.inf)) == ""
+def test_what_is_left_out_is_counted_and_averaged_nowhere(drawn, bad, reason):
+    assert omission(row(20.0)) == omission(row(np.inf)) == ""
     bad = {**{key: row(1.0)[key] for key in KEYS}, **bad}
     parsed = Parsed(make([row(20.0), bad, row(24.0), bad, failed(reason="another", cell="c1")]))
-    first, second = parsed.cells()
-    assert (first["n"], first["failed"], first["mean PSNR"]) == ("2", "2", "22.0 ± 2.0")
-    assert (second["n"], second["failed"], second["median PSNR"]) == ("0", "1", "–")
+    first, second = parsed.records()
+    assert (first["n"], first["left out"], first["mean PSNR"]) == ("2", "2", "22.0 ± 2.0")
+    assert (second["n"], second["left out"], second["median PSNR"]) == ("0", "1", "–")
     texts = [[text for _, text in line] for line in parsed.tables[1]]
     assert texts[0] == ["reason", "samples", "cells"]
     assert texts[1] == [reason, "2", "c0 (2)"] and texts[2] == ["another", "1", "c1 (1)"]
-    assert f"3 failed: {reason} (2); another (1)." in parsed.text
+    assert f"3 left out: {reason} (2); another (1)." in parsed.text
     assert "Nothing came back in 1 cell, not ranked." in parsed.text
 
 
 def test_the_lead_names_the_ends_and_what_is_missing(drawn):
     rows = [row(p, cell=d, defense=d) for d, p in (("a", 20.0), ("b", 8.04), ("c", 40.0))]
     text = Parsed(make(rows, planned=9)).text
-    assert "3 of 9 samples so far, over 3 cells. None failed." in text
+    assert "3 of 9 samples so far, over 3 cells. None left out." in text
     assert "Best defended: b (median PSNR 8.0 dB); most exposed: c (median PSNR 40.0 dB)." in text
     text = Parsed(make(rows, problems=["block 3: truncated"])).text
     assert "3 of 3 samples, over 3 cells" in text and "so far" not in text
     assert "1 file could not be read" in text and "block 3: truncated" in text
     assert "ranked" not in text
     many = [failed(reason=f"r{i}") for i in range(5)]
-    assert "5 failed: r0 (1); r1 (1); r2 (1); 2 other reasons." in Parsed(make(many)).text
+    assert "5 left out: r0 (1); r1 (1); r2 (1); 2 other reasons." in Parsed(make(many)).text
 
 
 def test_constants_stand_in_a_line_and_not_in_the_table(drawn):
@@ -210,13 +171,13 @@ def test_constants_stand_in_a_line_and_not_in_the_table(drawn):
     parsed = Parsed(make(rows))
     line = "The same in every cell: dataset digits, model lenet, train steps 0, "
     assert f"{line}defense none, attack dlg." in parsed.text
-    assert list(parsed.cells()[0])[:2] == ["batch size", "n"]
-    assert [found["batch size"] for found in parsed.cells()] == ["2", "16"]
+    assert list(parsed.records()[0])[:2] == ["batch size", "n"]
+    assert [found["batch size"] for found in parsed.records()] == ["2", "16"]
 
 
 def test_cells_that_the_axes_do_not_tell_apart_are_named(drawn):
     rows = [row(1.0, cell=cell, attack=a) for cell, a in (("x", "p"), ("y", "p"), ("z", "q"))]
-    assert [found["cell"] for found in Parsed(make(rows)).cells()] == ["x", "y", "z"]
+    assert [found["cell"] for found in Parsed(make(rows)).records()] == ["x", "y", "z"]
 
 
 def test_every_head_sorts_by_numbers(drawn):
@@ -364,14 +325,14 @@ def test_the_pictures_are_those_of_the_chosen_samples(monkeypatch):
         sweep_figures.figures, "comparison", lambda *arguments: seen.append(arguments) or PICTURE
     )
     arrays = sides()
-    text = Parsed(make(samples=lambda cell: arrays, value_range=(-1.0, 2.0))).text
+    text = Parsed(make(samples=lambda cell: arrays, input_range=(-1.0, 2.0))).text
     order = np.argsort(arrays["psnr"])[[4, 2, 0]]
-    ((truth, reconstruction, captions, value_range),) = seen
+    ((truth, reconstruction, captions, input_range),) = seen
     np.testing.assert_array_equal(truth, arrays["truth"][order])
     np.testing.assert_array_equal(reconstruction, arrays["reconstruction"][order])
     names = zip(("best", "median", "worst"), order, strict=True)
     assert captions == [f"{name} {arrays['psnr'][index]:.1f} dB" for name, index in names]
-    assert value_range == (-1.0, 2.0)
+    assert input_range == (-1.0, 2.0)
     assert "chosen by looking at the truth" in text
 
 

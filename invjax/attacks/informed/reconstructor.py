@@ -67,7 +67,7 @@ def ridge(
     *,
     strength: float | None = None,
     parts: Sequence[str] | None = None,
-    value_range: tuple[float, float] = (0.0, 1.0),
+    input_range: tuple[float, float] = (0.0, 1.0),
 ) -> Reconstruct:
     """A linear reconstructor in closed form: ridge regression of the records on standardised weights.
 
@@ -80,7 +80,7 @@ def ridge(
       strength: of the penalty on standardised weights, positive; where `None` that of `STRENGTHS`
         with the least leave-one-out error.
       parts: which weights, as in `features`.
-      value_range: lowest and highest value, to which results are clipped.
+      input_range: lowest and highest value, to which results are clipped.
 
     Returns:
       The reconstructor.
@@ -91,21 +91,21 @@ def ridge(
     """
     if strength is not None:
         check_number("strength", strength, 0.0, open_low=True)
-    scaler, scaled, records = _prepare(shadows, inputs, parts, value_range)
+    scaler, scaled, records = _prepare(shadows, inputs, parts, input_range)
     flat, shape = records.reshape(len(records), -1).astype(np.float64), records.shape[1:]
     strengths = STRENGTHS if strength is None else (strength,)
-    found = _regression(scaled.astype(np.float64), flat, strengths, value_range)
+    found = _regression(scaled.astype(np.float64), flat, strengths, input_range)
     weights, intercept = (jnp.asarray(part, scaler.mean.dtype) for part in (found, flat.mean(0)))
 
     def reconstruct(released: Params) -> Array:
         flat = _scaled(scaler, features(released, parts)) @ weights + intercept
-        return jnp.clip(flat, *value_range).reshape(shape)
+        return jnp.clip(flat, *input_range).reshape(shape)
 
     return reconstruct
 
 
 def _regression(
-    x: np.ndarray, y: np.ndarray, strengths: Sequence[float], value_range: tuple[float, float]
+    x: np.ndarray, y: np.ndarray, strengths: Sequence[float], input_range: tuple[float, float]
 ) -> np.ndarray:
     """`(x'x + a)^-1 x'y` for centred `x`, `[p, d]`, with the `a` of least leave-one-out error."""
     dual = len(x) <= x.shape[1]
@@ -122,7 +122,7 @@ def _regression(
         fitted = y.mean(axis=0) + left @ (shrink[:, None] * seen)
         predicted = y - (y - fitted) / (1 - leverage)[:, None]
         # Clipped as results are, which spares a weak penalty its worst.
-        return np.square(np.clip(predicted, *value_range) - y).sum()
+        return np.square(np.clip(predicted, *input_range) - y).sum()
 
     best = strengths[0] if len(strengths) == 1 else min(strengths, key=left_out)
     scale = (np.sqrt(values) / (values + best))[:, None]
@@ -155,7 +155,7 @@ def network(
     batch_size: int = 32,
     epochs: int = 200,
     parts: Sequence[str] | None = None,
-    value_range: tuple[float, float] = (0.0, 1.0),
+    input_range: tuple[float, float] = (0.0, 1.0),
     on_epoch: Callable[[int, float, Reconstruct], None] | None = None,
 ) -> Reconstruct:
     """The reconstructor network (RecoNN) of Balle, Cherubin and Hayes 2022.
@@ -173,7 +173,7 @@ def network(
       batch_size: shadows of a step.
       epochs: passes over the shadows.
       parts: which weights, as in `features`.
-      value_range: lowest and highest value of the inputs, which the decoder's are scaled to.
+      input_range: lowest and highest value of the inputs, which the decoder's are scaled to.
       on_epoch: `on_epoch(epoch, loss, reconstruct)`, after every epoch, with its mean loss; what it
         raises ends the training.
 
@@ -186,12 +186,12 @@ def network(
     """
     check_number("batch_size", batch_size, 1)
     check_number("epochs", epochs, 1)
-    scaler, scaled, records = _prepare(shadows, inputs, parts, value_range)
+    scaler, scaled, records = _prepare(shadows, inputs, parts, input_range)
     decoder = dense_decoder(records.shape[1:]) if decoder is None else decoder
     optimizer = optax.rmsprop(3e-4) if optimizer is None else optimizer
     size = min(batch_size, len(records))
     steps = len(records) // size
-    low, high = value_range
+    low, high = input_range
 
     def decode(weights, scaled):
         return low + (high - low) * decoder.apply(weights, scaled)
@@ -275,7 +275,7 @@ def score(reconstructed: Array, targets: Array, held: Array, controls: Array) ->
     found = metrics.mse(reconstructed, targets)
     nearest = metrics.nearest_neighbor(targets, held)[1]
     controls_nearest = metrics.nearest_neighbor(controls, held)[1]
-    guesses = metrics.baselines(targets, held.mean(axis=0), value_range=(0, 1), metric="mse")
+    guesses = metrics.baselines(targets, held.mean(axis=0), input_range=(0, 1), metric="mse")
 
     def false(control, own):
         distances = jnp.square(reconstructed - control[None])
@@ -298,11 +298,11 @@ def _prepare(
     shadows: Params,
     inputs: Array,
     parts: Sequence[str] | None,
-    value_range: tuple[float, float],
+    input_range: tuple[float, float],
 ) -> tuple[Scaler, np.ndarray, np.ndarray]:
     """The scaler, standardised features `[N, p]`, and records, on the host."""
-    if not value_range[0] < value_range[1]:
-        raise ValueError(f"value_range must be (low, high) with low < high, got {value_range}.")
+    if not input_range[0] < input_range[1]:
+        raise ValueError(f"input_range must be (low, high) with low < high, got {input_range}.")
     flat = np.asarray(jax.vmap(functools.partial(features, parts=parts))(shadows))
     records = np.asarray(inputs)
     if len(records) != len(flat) or len(records) < 2:

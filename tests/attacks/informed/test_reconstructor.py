@@ -57,7 +57,7 @@ def test_ridge_is_scikit_learns(shadows, weights):
     x, y = linear_problem(shadows, weights)
     scaled = (x - x.mean(0)) / x.std(0)
     with jax.enable_x64(True):
-        options = {"value_range": (-np.inf, np.inf)}
+        options = {"input_range": (-np.inf, np.inf)}
         for strength in (0.3, 30.0):
             found = reconstructor.ridge({"w": x}, y, strength=strength, **options)
             expected = Ridge(alpha=strength).fit(scaled, y)
@@ -74,7 +74,7 @@ def test_ridge_is_scikit_learns(shadows, weights):
 def test_weights_that_no_record_moves_are_left_alone():
     x, y = linear_problem(40, 3)
     x[:, 1] = 1 / 3
-    found = reconstructor.ridge({"w": jnp.asarray(x)}, y, strength=1.0, value_range=(-9.0, 9.0))
+    found = reconstructor.ridge({"w": jnp.asarray(x)}, y, strength=1.0, input_range=(-9.0, 9.0))
     moved = found({"w": jnp.asarray(x[0]).at[1].add(1e-6)})
     np.testing.assert_allclose(moved, found({"w": jnp.asarray(x[0])}), atol=1e-5)
     assert np.isfinite(moved).all()
@@ -122,7 +122,7 @@ def test_a_network_is_trained_on_its_loss():
         loss=lambda found, truth: jnp.mean(jnp.abs(found - truth)),
         batch_size=15,
         epochs=30,
-        value_range=(-1.0, 3.0),
+        input_range=(-1.0, 3.0),
         on_epoch=on_epoch,
     )
     (_, first), (reported, last) = losses
@@ -152,8 +152,8 @@ def test_errors():
         reconstructor.ridge(weights, inputs[:3])
     with pytest.raises(ValueError, match="strength must lie in"):
         reconstructor.ridge(weights, inputs, strength=0.0)
-    with pytest.raises(ValueError, match="value_range must be"):
-        reconstructor.ridge(weights, inputs, value_range=(1.0, 0.0))
+    with pytest.raises(ValueError, match="input_range must be"):
+        reconstructor.ridge(weights, inputs, input_range=(1.0, 0.0))
     for name in ("batch_size", "epochs"):
         with pytest.raises(ValueError, match=f"{name} must lie in"):
             reconstructor.network(jax.random.key(0), weights, inputs, **{name: 0})

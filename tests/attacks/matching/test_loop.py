@@ -145,7 +145,7 @@ def test_another_inputs_gradient_scores_like_a_guess(digits):
     result = driver.run(attack, jax.random.key(2), observation)
     assert metrics.psnr(result.inputs, other.inputs, data_range=1.0)[0] > 30
     mean = jnp.asarray(digits.inputs.mean(axis=0))
-    guess = metrics.baselines(truth.inputs, mean, value_range=(0.0, 1.0))["mean"][0]
+    guess = metrics.baselines(truth.inputs, mean, input_range=(0.0, 1.0))["mean"][0]
     assert metrics.psnr(result.inputs, truth.inputs, data_range=1.0)[0] < guess + 3
 
 

@@ -167,7 +167,7 @@ def test_the_published_bars_on_mnist(data_dir):
     images, labels = datasets.take(data, order)
     model, noise = models.cnn(init="lecun"), defenses.gaussian_noise(0.1)
     params = model.init(jax.random.key(0), data.input_shape)
-    low, high = (float(np.squeeze(bound)) for bound in data.value_range)
+    low, high = (float(np.squeeze(bound)) for bound in data.input_range)
     pruned = invjax.chain(defenses.random_mask(0.5), noise)
 
     def mean(defense, variation, **settings):

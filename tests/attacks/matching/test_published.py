@@ -21,7 +21,7 @@ def attacked(dataset, make, number, labels):
         batch = datasets.draw(key, dataset, 1)
         params = model.init(key, dataset.input_shape)
         observation = invjax.observe(
-            key, model, params, batch, input_range=dataset.value_range, grant_labels=labels
+            key, model, params, batch, input_range=dataset.input_range, grant_labels=labels
         )
         found = attack(key, observation)
         sides = [

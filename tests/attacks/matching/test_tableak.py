@@ -184,7 +184,7 @@ def observe(dataset, model, index, size):
         model,
         params,
         batch,
-        input_range=dataset.value_range,
+        input_range=dataset.input_range,
         grant_labels=True,
     )
     return observation, batch

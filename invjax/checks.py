@@ -49,19 +49,22 @@ def check_number(
         raise ValueError(f"{name} must lie in {interval}, got {value}.")
 
 
-def check_count(name: str, value: Any, least: int) -> None:
-    """Refuse what is no whole number, or too small a one.
+def check_count(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Refuse what is no whole number, or one out of range.
 
     Args:
       name: the argument's name.
       value: what was given; it decides shapes or loops, so it cannot be traced.
       least: the smallest allowed.
+      most: the largest allowed, if there is one.
 
     Raises:
       ValueError: it is not one of them.
     """
-    if not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+    whole = isinstance(value, int | np.integer)
+    if not whole or value < least or (most is not None and value > most):
+        allowed = f"of at least {least}" if most is None else f"in [{least}, {most}]"
+        raise ValueError(f"{name} must be a whole number {allowed}, got {value!r}.")
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -161,6 +161,23 @@ def per_step_gradient(observation: Observation) -> PyTree:
     return jax.tree.map(lambda leaf: leaf * scale, observation.gradient)
 
 
+def check_sgd(observation: Observation) -> None:
+    """Refuse an update of another optimizer than plain SGD where a sum of gradients is read.
+
+    Args:
+      observation: what the adversary was granted.
+
+    Raises:
+      ValueError: local training by another optimizer, whose steps are no multiples of gradients.
+    """
+    local = observation.facts.local
+    if local is not None and local.optimizer != "sgd":
+        raise ValueError(
+            "observation.facts.local.optimizer must be 'sgd', since this attack reads an update as a "
+            f"sum of gradients, got {local.optimizer!r}."
+        )
+
+
 def check_batch(model: Model, batch: Batch) -> None:
     """Refuse a batch that cannot be this model's, with the reason.
 

@@ -57,15 +57,14 @@ REGRESSION = {
 }
 
 
-def drawn(key, model, size: int, width: int, bias: float, basis: bool = False):
+def drawn(inputs_key, params_key, model, size: int, width: int, bias: float, basis: bool = False):
     """Unit inputs and labels of -1 and 1 at the server's query point."""
-    keys = jax.random.split(key, 3)
-    inputs = jnp.eye(size, width) if basis else jax.random.normal(keys[0], (size, width))
+    inputs = jnp.eye(size, width) if basis else jax.random.normal(inputs_key, (size, width))
     inputs /= jnp.linalg.norm(inputs, axis=1, keepdims=True)
-    params = model.init(keys[1], (width,))
+    params = model.init(params_key, (width,))
     params = jax.tree.map(lambda leaf: leaf.astype(inputs.dtype), params)
     labels = jnp.where(jnp.arange(size) % 2 == 0, 1.0, -1.0)
-    return lib.query(keys[1], params, bias=bias), Batch(inputs, labels)
+    return lib.query(params_key, params, bias=bias), Batch(inputs, labels)
 
 
 def errors(model, attacks, size, width, bias, seeds, defense=None, local=None, basis=False):
@@ -73,17 +72,18 @@ def errors(model, attacks, size, width, bias, seeds, defense=None, local=None, b
 
     @jax.jit
     def one(key):
-        params, batch = drawn(key, model, size, width, bias, basis)
+        # Not by `fold_in` beside a split: it gives the very keys of the split again.
+        inputs_key, params_key, attack_key, order_key, defense_key = jax.random.split(key, 5)
+        params, batch = drawn(inputs_key, params_key, model, size, width, bias, basis)
         if local is None:
             gradient = jax.grad(model.loss)(params, batch)
         else:
-            order = jax.random.fold_in(key, 3)
-            gradient = gradients.federated_update(order, model, params, batch, local)
+            gradient = gradients.federated_update(order_key, model, params, batch, local)
         if defense is not None:
-            gradient = defense(jax.random.fold_in(key, 1), gradient)
+            gradient = defense(defense_key, gradient)
         facts = Facts(input_shape=(width,), num_classes=1, batch_size=size, local=local)
         seen = Observation(params, gradient, facts)
-        found = [attack.init(jax.random.fold_in(key, 2), seen) for attack in attacks]
+        found = [attack.init(attack_key, seen) for attack in attacks]
         return jnp.stack([lib.rmse(each.inputs, batch.inputs) for each in found])
 
     return np.array([one(jax.random.key(seed)) for seed in range(seeds)])

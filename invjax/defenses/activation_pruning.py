@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from invjax.base import Array, Batch, Defense, Model, Params, PyTree
-from invjax.checks import check_number, describe
+from invjax.checks import check_count, check_number, describe
 from invjax.defenses.base import Elementary, from_stages
 from invjax.defenses.exclusivity import hidden_values
 from invjax.defenses.law import Law, inform
@@ -61,7 +61,7 @@ def activation_count_pruning(
       ValueError: a setting out of range, a model without such a head.
     """
     low, high = keep
-    check_number("max_count", max_count, 1)
+    check_count("max_count", max_count, 1)
     check_number("cutoff", cutoff, max(3, max_count + 1))
     check_number("keep[0]", low, 0.0, 1.0)
     check_number("keep[1]", high, low, 1.0)

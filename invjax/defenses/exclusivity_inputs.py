@@ -367,7 +367,7 @@ _INFEASIBLE = (
 def _check_settings(step, margin, max_steps, radius, input_range) -> None:
     check_number("step", step, 0.0, open_low=True)
     check_number("margin", margin, 0.0)
-    check_number("max_steps", max_steps, 1)
+    check_count("max_steps", max_steps, 1)
     if radius is not None:
         check_number("radius", radius, 0.0, open_low=True)
     if input_range is not None:

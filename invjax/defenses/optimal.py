@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from invjax.base import Array, Defense, Model, PyTree
-from invjax.checks import check_number, describe, equals
+from invjax.checks import check_count, check_number, describe, equals
 from invjax.defenses.base import Elementary, from_stages, nothing
 from invjax.defenses.law import Law, Rounding, add_variance, inform, need_public
 from invjax.defenses.masking import apply_mask, random_mask
@@ -325,7 +325,7 @@ def _describe(constructor: str, source: _Source, *strengths) -> str:
             f"source must be an invjax Sensitivity or a Model, got {type(origin).__name__}."
         )
     if num_probes is not None:
-        check_number("num_probes", num_probes, 1)
+        check_count("num_probes", num_probes, 1)
     options = {"layerwise": layerwise, "num_probes": num_probes, "known": known}
     return describe(constructor, *strengths, **options).replace("(", f"({origin.name}, ", 1)
 

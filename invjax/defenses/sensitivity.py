@@ -16,7 +16,7 @@ import optax
 
 from invjax import conv
 from invjax.base import Array, Batch, Model, Params, PyTree
-from invjax.checks import check_number
+from invjax.checks import check_count
 from invjax.defenses import ranking
 
 CHUNK = 16
@@ -70,7 +70,7 @@ def gradient_sensitivity(
         return Sensitivity(
             _sum_of_squares(push, basis.reshape(-1, *inputs.shape), gradient), energy
         )
-    check_number("num_probes", num_probes, 1)
+    check_count("num_probes", num_probes, 1)
     key = jax.random.key(0) if key is None else key
     probes = jax.random.normal(key, (num_probes, *inputs.shape), inputs.dtype)
     total = _sum_of_squares(push, probes, gradient)

@@ -13,7 +13,7 @@ import numpy as np
 
 from invjax.attacks.informed.training import Training
 from invjax.base import Array, Batch, Params
-from invjax.checks import check_number
+from invjax.checks import check_count
 from invjax.evaluation import checkpoint, parallel
 
 
@@ -105,7 +105,7 @@ def shadows(
 
 
 def _check(known: Batch, pool: Batch, chunk: int) -> int:
-    check_number("chunk", chunk, 1)
+    check_count("chunk", chunk, 1)
     shapes = jnp.shape(known.inputs)[1:], jnp.shape(pool.inputs)[1:]
     if shapes[0] != shapes[1] or len(pool.labels) == 0:
         raise ValueError(

@@ -28,7 +28,7 @@ from scipy.special import log_ndtr, ndtr
 from scipy.stats import binom
 
 from invjax.base import Array
-from invjax.checks import check_choice, check_number
+from invjax.checks import check_choice, check_count, check_number
 from invjax.theory.privacy_loss import LEAST_NOISE, checked, fft_blowup
 from invjax.theory.rero import calibrate_mu, gamma_gaussian
 
@@ -187,7 +187,7 @@ def monte_carlo_blowup(
       ValueError: an argument out of range.
     """
     kappa = checked(kappa, noise_multiplier, sampling_rate, steps)
-    check_number("num_samples", num_samples, 2)
+    check_count("num_samples", num_samples, 2)
     with jax.enable_x64(True):
         losses = _sampled_losses(key, noise_multiplier, sampling_rate, steps, num_samples)
     ratios = np.exp(np.sort(np.asarray(losses)))

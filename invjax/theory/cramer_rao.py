@@ -23,7 +23,7 @@ import optax
 
 from invjax import conv, gradients
 from invjax.base import Array, Batch, Defense, Model, Params, PyTree
-from invjax.checks import check_choice, check_number
+from invjax.checks import check_choice, check_count, check_number
 from invjax.defenses.law import Law
 from invjax.theory.gram import at_full_precision, inverse_trace, probed_trace, relative_rounding
 from invjax.theory.influence import checked_batch
@@ -104,7 +104,7 @@ def cramer_rao(
     if method == "dense":
         return _bound(_dense(problem, unknown_labels), zero, zero, batch)
     if method == "hutchinson":
-        check_number("num_probes", num_probes, 2)
+        check_count("num_probes", num_probes, 2)
         total, error, residual = _hutchinson(problem, num_probes, num_steps, tolerance)
         return _bound(total, error, residual, batch)
     trace, error = _trace(problem, num_probes)
@@ -175,7 +175,7 @@ def gaussian_prior_information(covariance: Array, batch_size: int) -> Array:
     Raises:
       ValueError: not a square matrix, not symmetric, a negative eigenvalue, fewer than one sample.
     """
-    check_number("batch_size", batch_size, 1)
+    check_count("batch_size", batch_size, 1)
     covariance = jnp.asarray(covariance)
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
         raise ValueError(f"covariance must be a square matrix, got shape {covariance.shape}.")
@@ -326,7 +326,7 @@ def _trace(problem: _Problem, num_probes: int | None) -> tuple[Array, Array]:
         squares, shown = conv.grouped_vmap(square)(_basis(inputs))
         trace, error = jnp.sum(squares), jnp.zeros(())
     else:
-        check_number("num_probes", num_probes, 2)
+        check_count("num_probes", num_probes, 2)
         squares, shown = conv.grouped_vmap(square)(_signs(problem, num_probes))
         trace, error = jnp.mean(squares), jnp.std(squares, ddof=1) / jnp.sqrt(num_probes)
     shown = shown.any()

@@ -22,7 +22,7 @@ from jax.flatten_util import ravel_pytree
 
 from invjax import conv
 from invjax.base import Array, Batch, Model, Params, PyTree
-from invjax.checks import check_number
+from invjax.checks import check_count, check_number
 from invjax.observe import check_params
 from invjax.theory.gram import at_full_precision, inverse_trace, largest_ritz_value
 
@@ -338,7 +338,7 @@ def _trace(
     if num_probes is None:
         directions = jnp.eye(record.size, dtype=record.dtype)
     else:
-        check_number("num_probes", num_probes, 2)
+        check_count("num_probes", num_probes, 2)
         key = jax.random.key(0) if key is None else key
         directions = jax.random.rademacher(key, (num_probes, record.size), record.dtype)
 

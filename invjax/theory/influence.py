@@ -18,7 +18,7 @@ import numpy as np
 
 from invjax import conv
 from invjax.base import Array, Batch, Model, Params, PyTree
-from invjax.checks import check_choice, check_number
+from invjax.checks import check_choice, check_count, check_number
 from invjax.observe import check_params
 from invjax.theory.gram import (
     at_full_precision,
@@ -225,7 +225,7 @@ def expected_squared_error(
     check_number("num_steps", num_steps, 1)
     check_number("std", std, 0.0, open_low=True)
     check_number("tolerance", tolerance, 0.0, 1.0, open_low=True)
-    check_number("num_probes", num_probes, 2)
+    check_count("num_probes", num_probes, 2)
     check_choice("method", method, ("dense", "hutchinson"))
     variance = jnp.square(jnp.asarray(std, batch.inputs.dtype))
     root = None if prior_covariance is None else _root(prior_covariance, batch.inputs)

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from scipy.signal import lfilter
 from scipy.special import erf, ndtr
 
-from invjax.checks import check_number
+from invjax.checks import check_count, check_number
 from invjax.theory.loss_grid import (
     CDF_ERROR,
     EPS,
@@ -200,7 +200,7 @@ def checked(
 
 def _check_bins(num_bins: int | None) -> None:
     if num_bins is not None:
-        check_number("num_bins", num_bins, 16)
+        check_count("num_bins", num_bins, 16)
 
 
 def _lower(kappa: np.ndarray, law: Law, grid: Grid) -> np.ndarray:

@@ -466,7 +466,7 @@ def test_a_traced_strength_passes():
         (lambda: optimal_clipped_noise(population(), 1.0, -1.0), ValueError, "std must lie in"),
         (lambda: optimal_pruning(population(), 1.0), ValueError, "fraction must lie in"),
         (lambda: optimal_rounding(population(), -0.1), ValueError, "step must lie in"),
-        (lambda: optimal_noise(MODEL, 0.1, num_probes=0), ValueError, "num_probes must lie in"),
+        (lambda: optimal_noise(MODEL, 0.1, num_probes=0), ValueError, "num_probes must be a whole"),
         (lambda: optimal_noise(PARAMS, 0.1), TypeError, "source must be an invjax Sensitivity"),
     ],
 )

@@ -166,5 +166,5 @@ def test_what_is_kept_tells_least(fraction):
 
 def test_settings_out_of_range_are_refused():
     params, batches = case(dtype="float32")
-    with pytest.raises(ValueError, match=r"num_probes must lie in \[1"):
+    with pytest.raises(ValueError, match=r"num_probes must be a whole number of at least 1"):
         gradient_sensitivity(MODEL, params, first(batches), num_probes=0)

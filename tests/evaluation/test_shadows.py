@@ -156,7 +156,7 @@ def test_a_damaged_or_foreign_file_is_made_anew(tmp_path, damage):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="chunk must lie in"):
+    with pytest.raises(ValueError, match="chunk must be a whole number"):
         shadows(KEY, cheap(1.0), batch(0, 6), batch(1, 4), chunk=0)
     wrong = batch(1, 4)._replace(inputs=np.zeros((4, 5), np.float32))
     for pool in (wrong, batch(1, 0)):

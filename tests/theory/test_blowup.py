@@ -214,7 +214,7 @@ def test_calibration_close_to_the_blind_guess():
         (lambda key: blowup(0.1, 1.0, 1.0, 1.5), "steps must be a whole number, got 1.5"),
         (lambda key: revealed_blowup(0.1, 1.0, 0.1, 1.5), "steps must be a whole number"),
         (lambda key: monte_carlo_blowup(key, 0.1, 1.0, 0.1, 0), "steps must lie in"),
-        (lambda key: monte_carlo_blowup(key, 0.1, 1.0, 0.1, 2, 1), "num_samples must lie in"),
+        (lambda key: monte_carlo_blowup(key, 0.1, 1.0, 0.1, 2, 1), "num_samples must be a whole"),
         (lambda key: calibrate_noise_multiplier(0.1, 0.1, 2), "gamma must lie in"),
         (lambda key: calibrate_noise_multiplier(0.2, 0.1, 0), "steps must lie in"),
         (lambda key: calibrate_noise_multiplier(0.3, 0.1, 2, 1.5), "sampling_rate must lie in"),

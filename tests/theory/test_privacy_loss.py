@@ -256,8 +256,8 @@ def test_delta_of_full_batches():
         (lambda: fft_blowup(0.1, 1, 0.1, 0), "steps must lie in"),
         (lambda: fft_blowup(0.1, 1, 0.1, 1.5), "steps must be a whole number, got 1.5"),
         (lambda: fft_blowup(0.1, 1, 0.1, math.inf), "steps must lie in"),
-        (lambda: fft_blowup(0.1, 1, 0.1, 1, num_bins=2), "num_bins must lie in"),
-        (lambda: fft_blowup(0.1, 1e-9, 0.1, 1, num_bins=2), "num_bins must lie in"),
+        (lambda: fft_blowup(0.1, 1, 0.1, 1, num_bins=2), "num_bins must be a whole number"),
+        (lambda: fft_blowup(0.1, 1e-9, 0.1, 1, num_bins=2), "num_bins must be a whole number"),
         (lambda: fft_delta(-1.0, 1, 0.1, 1), "epsilon must be at least 0"),
     ],
 )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from invjax.attacks import labels as label_recovery
 from invjax.base import Array, Attack, Model, Observation, PyTree, Reconstruction, closed_form
-from invjax.observe import check_observation
+from invjax.observe import check_observation, check_sgd
 
 First = Callable[[PyTree], tuple[Array, Array]]
 
@@ -20,7 +20,7 @@ def bias_trick(model: Model | None = None, *, first: First | None = None) -> Att
     column `i` of the former over entry `i` of the latter, whatever comes behind: dropout, or the
     noise of a variational bottleneck (Balunovic et al. 2022 on PRECODE). The unit with the largest
     bias gradient is taken. Several local steps of SGD on the one sample change nothing; an optimizer
-    that rescales each entry (Adam) leaves no quotient to read.
+    that rescales each entry (Adam) leaves no quotient to read, and is refused.
 
     Args:
       model: the client's model. It is used to check the observation, to find the layer where
@@ -37,8 +37,9 @@ def bias_trick(model: Model | None = None, *, first: First | None = None) -> Att
 
     Raises:
       ValueError: neither a model nor `first`, a model without a layer view and no `first`; and at
-        its use, an observation without a gradient or of not exactly one sample (a larger batch
-        gives a mixture), no dense layer with a bias at the input, shapes that do not fit.
+        its use, an observation without a gradient, an update of another optimizer than SGD, not
+        exactly one sample (a larger batch gives a mixture), no dense layer with a bias at the input,
+        shapes that do not fit.
 
     Example:
       >>> import jax, invjax
@@ -67,6 +68,7 @@ def bias_trick(model: Model | None = None, *, first: First | None = None) -> Att
             raise ValueError(
                 "The observation holds released weights; this attack needs a gradient."
             )
+        check_sgd(observation)
         facts = observation.facts
         if facts.batch_size != 1:
             raise ValueError(

@@ -11,7 +11,7 @@ from flax import nnx
 
 from invjax import conv
 from invjax.base import Array, Params
-from invjax.checks import check_number
+from invjax.checks import check_count
 from invjax.models import mlp
 from invjax.models.chain import make_norm
 from invjax.models.modules import check_image_shape, pure_functions
@@ -115,7 +115,7 @@ def convolutional_decoder(
       ValueError: inputs that are no images, or a width below 1.
     """
     check_image_shape(input_shape)
-    check_number("width", width, 1)
+    check_count("width", width, 1)
     (height, length, channels), doublings = input_shape, 0
     while height % 2 == length % 2 == 0 and min(height, length) >= 8:
         height, length, doublings = height // 2, length // 2, doublings + 1

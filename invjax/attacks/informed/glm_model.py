@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from invjax.base import Array, Batch
-from invjax.checks import check_choice, check_number
+from invjax.checks import check_choice, check_count, check_number
 
 Family = Literal["linear", "logistic", "softmax", "poisson"]
 
@@ -201,9 +201,9 @@ def fit(
     check_choice("family", family, get_args(Family))
     check_number("penalty", penalty, 0.0)
     check_number("intercept_penalty", intercept_penalty, 0.0)
-    check_number("max_steps", max_steps, 1)
+    check_count("max_steps", max_steps, 1)
     if family == "softmax":
-        check_number("num_classes", num_classes, 2)
+        check_count("num_classes", num_classes, 2)
     check_records(family, batch, num_classes)
     width = int(num_classes) if family == "softmax" and num_classes is not None else 1
     inputs = jnp.asarray(batch.inputs).reshape(len(batch.inputs), -1)

@@ -7,7 +7,7 @@ import numpy as np
 
 from invjax.attacks.informed.glm_model import Family, Glm
 from invjax.base import Array
-from invjax.checks import check_number
+from invjax.checks import check_count
 
 
 def from_sklearn(estimator: Any, *, num_records: int | None = None) -> Glm:
@@ -97,5 +97,5 @@ def _logistic(estimator: Any) -> tuple[Family, float, float]:
 def _poisson(estimator: Any, num_records: int | None) -> tuple[Family, float, float]:
     if num_records is None:
         raise ValueError("num_records must be given for a PoissonRegressor, got None.")
-    check_number("num_records", num_records, 1)
+    check_count("num_records", num_records, 1)
     return "poisson", float(estimator.alpha) * num_records, 0.0

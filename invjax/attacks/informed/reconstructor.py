@@ -13,7 +13,7 @@ import scipy.linalg
 from invjax import metrics
 from invjax.attacks.informed.decoders import Decoder, dense_decoder
 from invjax.base import Array, Params
-from invjax.checks import check_number
+from invjax.checks import check_count, check_number
 
 Reconstruct = Callable[[Params], Array]
 """`reconstruct(released) -> inputs [...]`, of one model's weights; `vmap` it over many."""
@@ -184,8 +184,8 @@ def network(
       ValueError: shadows and inputs of different numbers, a number below 1, unknown parts, a range
         whose lowest value is not below its highest.
     """
-    check_number("batch_size", batch_size, 1)
-    check_number("epochs", epochs, 1)
+    check_count("batch_size", batch_size, 1)
+    check_count("epochs", epochs, 1)
     scaler, scaled, records = _prepare(shadows, inputs, parts, input_range)
     decoder = dense_decoder(records.shape[1:]) if decoder is None else decoder
     optimizer = optax.rmsprop(3e-4) if optimizer is None else optimizer

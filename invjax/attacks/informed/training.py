@@ -8,7 +8,7 @@ import optax
 
 from invjax import conv
 from invjax.base import Array, Batch, Defense, Model, Params
-from invjax.checks import check_number
+from invjax.checks import check_count
 
 Training = Callable[..., Params]
 """`training(key, batch, target=None) -> params`."""
@@ -55,9 +55,9 @@ def training(
       ValueError: a number out of range, or an order of nothing; in the call, a batch of fewer
         samples than a step takes.
     """
-    check_number("steps", steps, 1)
+    check_count("steps", steps, 1)
     if batch_size is not None:
-        check_number("batch_size", batch_size, 1)
+        check_count("batch_size", batch_size, 1)
     elif order is not None:
         raise ValueError("order is that of mini-batches, got one without a batch_size.")
     # Convolutions of a compiled loop.

@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 from invjax.attacks.analytic.feature_inversion import minimize
 from invjax.attacks.informed.training import Train
 from invjax.base import Array, Batch, Bound, Params, Reconstruction
-from invjax.checks import check_number
+from invjax.checks import check_count, check_number
 from invjax.ranges import check_range, flat_bounds
 
 
@@ -64,10 +64,10 @@ def unrolled(
         range.
       TypeError: known inputs that are not floats.
     """
-    check_number("num_classes", num_classes, 1)
-    check_number("num_steps", num_steps, 1)
+    check_count("num_classes", num_classes, 1)
+    check_count("num_steps", num_steps, 1)
     check_number("tolerance", tolerance, 0.0)
-    check_number("at_once", at_once, 1)
+    check_count("at_once", at_once, 1)
     if label is not None:
         check_number("label", label, 0, num_classes - 1)
     if not jnp.issubdtype(known.inputs.dtype, jnp.floating):

@@ -107,7 +107,7 @@ def fit_gaussian_mixture(
 
     samples = _samples("inputs", inputs)
     check_number("ridge", ridge, 0.0, open_low=True)
-    check_number("num_components", num_components, 1, len(samples))
+    check_count("num_components", num_components, 1, len(samples))
     ridge *= samples.var(axis=0).mean()
     fit = GaussianMixture(num_components, reg_covar=ridge, random_state=seed).fit(samples)
     found = (np.asarray(part) for part in (fit.weights_, fit.means_, fit.covariances_))

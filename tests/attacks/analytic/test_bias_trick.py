@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import invjax
@@ -145,9 +146,18 @@ def test_it_refuses_what_it_cannot_read(digits):
     params = model.init(jax.random.key(0), SHAPE)
     batch = invjax.datasets.take(digits, range(1))
     seen = observed(model, params, batch)
+    local = LocalTraining(
+        epochs=1, batch_size=1, learning_rate=0.1, num_samples=1, optimizer="adam"
+    )
+    stepped = invjax.observe(
+        jax.random.key(1), model, params, batch, local=local, optimizer=optax.adam(0.1)
+    )
     for attack in (bias_trick(model), bias_trick(first=lambda tree: first_dense(model, tree))):
         with pytest.raises(ValueError, match="released weights"):
             attack(jax.random.key(0), seen._replace(gradient=None))
+        # One step of Adam, too, is no gradient: all entries have moved alike.
+        with pytest.raises(ValueError, match=r"local\.optimizer must be 'sgd', .* got 'adam'"):
+            attack(jax.random.key(0), stepped)
 
     def second(tree):
         return tree["layer02"]["kernel"], tree["layer02"]["bias"]

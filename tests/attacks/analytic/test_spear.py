@@ -264,9 +264,11 @@ def test_it_refuses_what_it_cannot_use():
             spear(model)(key, seen)
     seen = observed(MODEL, params_of(), batch)
     local = LocalTraining(epochs=2, batch_size=3, learning_rate=0.1, num_samples=3)
-    several = seen._replace(facts=dataclasses.replace(seen.facts, local=local))
-    for refuse in (attack_of().check, lambda seen: batch_size_by_rank(MODEL, seen)):
-        with pytest.raises(ValueError, match="update of 2 local steps"):
-            refuse(several)
+    adam = dataclasses.replace(local, epochs=1, optimizer="adam")
+    for steps, message in ((local, "update of 2 local steps"), (adam, "must be 'sgd'")):
+        stepped = seen._replace(facts=dataclasses.replace(seen.facts, local=steps))
+        for refuse in (attack_of().check, lambda seen: batch_size_by_rank(MODEL, seen)):
+            with pytest.raises(ValueError, match=message):
+                refuse(stepped)
     with pytest.raises(ValueError, match=r"tolerance must lie in \[0.0, 1.0\), got 2.0"):
         batch_size_by_rank(MODEL, seen, tolerance=2.0)

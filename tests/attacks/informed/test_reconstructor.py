@@ -155,7 +155,7 @@ def test_errors():
     with pytest.raises(ValueError, match="input_range must be"):
         reconstructor.ridge(weights, inputs, input_range=(1.0, 0.0))
     for name in ("batch_size", "epochs"):
-        with pytest.raises(ValueError, match=f"{name} must lie in"):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number"):
             reconstructor.network(jax.random.key(0), weights, inputs, **{name: 0})
     with pytest.raises(ValueError, match="input_shape must be"):
         decoders.convolutional_decoder((8,))

@@ -560,8 +560,8 @@ SKEW = EYES + np.triu(np.ones((SIZE, SIZE)), 1)
         (lambda: learned.class_conditional(MEANS, -EYES), r"covariances\[0\] must be symmetric"),
         (lambda: learned.class_conditional(MEANS, SKEW), r"covariances\[0\] must be symmetric"),
         (lambda: learned.class_conditional(MEANS, EYES * [[[1.0]], [[1]], [[0]]]), r"s\[2\] must"),
-        (lambda: learned.fit_gaussian_mixture(SAMPLES, 0), r"num_components must lie in \[1, 60\]"),
-        (lambda: learned.fit_gaussian_mixture(SAMPLES, 61), "num_components must lie in"),
+        (lambda: learned.fit_gaussian_mixture(SAMPLES, 0), r"whole number in \[1, 60\]"),
+        (lambda: learned.fit_gaussian_mixture(SAMPLES, 2.5), "num_components must be a whole"),
         (lambda: learned.fit_gaussian_mixture(SAMPLES, 2, ridge=0.0), "ridge must lie in"),
         (
             lambda: learned.fit_class_conditional(SAMPLES, LABELS[:-1], 3),

@@ -7,8 +7,11 @@ import math
 import numbers
 from typing import Any
 
+import chex
 import jax
 import numpy as np
+
+PyTree = Any
 
 
 def on_host(value: Any) -> bool:
@@ -65,6 +68,23 @@ def check_count(name: str, value: Any, least: int, most: int | None = None) -> N
     if not whole or value < least or (most is not None and value > most):
         allowed = f"of at least {least}" if most is None else f"in [{least}, {most}]"
         raise ValueError(f"{name} must be a whole number {allowed}, got {value!r}.")
+
+
+def check_shapes(message: str, expected: PyTree, given: PyTree) -> None:
+    """Refuse a tree that has not the structure and shapes of another.
+
+    Args:
+      message: what must hold; the difference is added to it.
+      expected: arrays, or what has their shapes.
+      given: the tree in question.
+
+    Raises:
+      ValueError: it differs.
+    """
+    try:
+        chex.assert_trees_all_equal_shapes(expected, given)
+    except AssertionError as error:
+        raise ValueError(f"{message}: {error}") from error
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +20,7 @@ from invjax.base import (
     Params,
     PyTree,
 )
+from invjax.checks import check_shapes
 from invjax.defenses import chain
 from invjax.ranges import check_range
 
@@ -270,12 +270,11 @@ def check_observation(model: Model, observation: Observation) -> None:
             f"The observation speaks of {facts.num_classes} classes, "
             f"the model {model.name} of {model.num_classes}."
         )
-    try:
-        chex.assert_trees_all_equal_shapes(observation.params, observation.gradient)
-    except AssertionError as error:
-        raise ValueError(
-            f"observation.gradient must have the tree and shapes of observation.params: {error}"
-        ) from error
+    check_shapes(
+        "observation.gradient must have the tree and shapes of observation.params",
+        observation.params,
+        observation.gradient,
+    )
     if _traced(observation):
         return
     check_params(model, observation.params, facts.input_shape)

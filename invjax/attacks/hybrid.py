@@ -14,6 +14,7 @@ from invjax.attacks.analytic.layerwise.recursion import (
     check_layerwise,
     check_settings,
     reconstruct,
+    residual_allowed,
 )
 from invjax.attacks.analytic.layerwise.solvers import Solver
 from invjax.attacks.matching.objectives import cosine_per_layer
@@ -154,8 +155,7 @@ def hybrid(
             if not plan.steps:
                 return inputs
             report = system.report
-            allowed = 1e-6 if inputs.dtype == jnp.float64 else 1e-2
-            allowed = allowed if tolerance is None else tolerance
+            allowed = residual_allowed(inputs.dtype, tolerance)
             solved = (report.rank == report.unknowns) & (report.residual <= allowed)
 
             def improve(inputs: Array) -> Array:

@@ -314,7 +314,7 @@ def contents(
             trace=outcome.trace,
         ),
         **{f"figures/{name}": png for name, png in drawn.values()},
-        "settings.json": store.json_text({"settings": settings, "versions": made}),
+        "settings.json": store.json_file({"settings": settings, "versions": made}, indent=2),
         "report.html": page.encode(),
     }
 

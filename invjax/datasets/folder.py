@@ -76,7 +76,7 @@ def _image(file: pathlib.Path, size: tuple[int, int] | None) -> np.ndarray:
         with Image.open(file) as opened:
             if opened.mode[0] in "IF":
                 raise ValueError(f"its pixels are of mode {opened.mode}, not bytes")
-            mode = "L" if opened.mode in ("1", "L") else "RGB"
+            mode = "L" if opened.mode in ("1", "L", "LA") else "RGB"
             image = ImageOps.exif_transpose(opened).convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DatasetError(f"{file}: cannot be read as an image: {error}") from error

@@ -47,7 +47,9 @@ def load(
     if name not in _FOLDERS:
         return _from_path(str(name), split)
     if data_dir is None:
-        raise ValueError(f"The data set {name!r} is read from files: give data_dir.")
+        raise ValueError(
+            f"The data set {name!r} is read from files: give data_dir (--data-dir), their folder."
+        )
     root = pathlib.Path(data_dir)
     if not root.is_dir():
         raise DatasetError(f"{root}: expected the folder of {name}, found no folder.")

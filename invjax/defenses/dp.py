@@ -30,7 +30,7 @@ def dp_sgd(
         infinite radius, or an unknown convention.
     """
     check_number("clip_norm", clip_norm, 0.0, open_low=True)
-    check_number("noise_multiplier", noise_multiplier, 0.0)
+    check_number("noise_multiplier", noise_multiplier, 0.0, open_high=True)
     check_choice("noise_on", noise_on, ("sum", "mean"))
     silent = equals(noise_multiplier, 0)
     if equals(clip_norm, math.inf) and not silent:

@@ -86,7 +86,7 @@ def gaussian_noise(std: float, per_sample: bool = False) -> Defense:
       >>> round(float(noisy["w"].std()), 2)
       0.1
     """
-    check_number("std", std, 0.0)
+    check_number("std", std, 0.0, open_high=True)
     settings = {"per_sample": True} if per_sample else {}
     name = describe("gaussian_noise", std, **settings)
     stage = "per_sample" if per_sample else "aggregate"
@@ -110,7 +110,7 @@ def laplace_noise(scale: float) -> Defense:
     Raises:
       ValueError: a negative scale; and, when its law is asked for, two Laplace stages in a chain.
     """
-    check_number("scale", scale, 0.0)
+    check_number("scale", scale, 0.0, open_high=True)
     name = describe("laplace_noise", scale)
     if equals(scale, 0):
         return from_stages(nothing(name, "aggregate"))

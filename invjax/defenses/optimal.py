@@ -13,14 +13,13 @@ For noise of variances `v_i`, the squared error of any attack is bounded below t
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from invjax.base import Array, Defense, Model, PyTree
-from invjax.checks import check_count, check_number, describe, equals
+from invjax.checks import check_count, check_number, check_shapes, describe, equals
 from invjax.defenses.base import Elementary, from_stages, nothing
 from invjax.defenses.law import Law, Rounding, add_variance, inform, need_public
 from invjax.defenses.masking import apply_mask, random_mask
@@ -98,7 +97,7 @@ def optimal_noise(
         gradient; when its law is asked for, deviations that the observation does not hold.
       TypeError: a source of another type.
     """
-    check_number("std", std, 0.0)
+    check_number("std", std, 0.0, open_high=True)
     origin = _Source(source, layerwise, num_probes, known)
     name = _describe("optimal_noise", origin, std)
     if equals(std, 0):
@@ -148,7 +147,7 @@ def optimal_clipped_noise(
       TypeError: as there.
     """
     check_number("bound", bound, 0.0, open_low=True)
-    check_number("std", std, 0.0)
+    check_number("std", std, 0.0, open_high=True)
     origin = _Source(source, layerwise, num_probes, known)
     name = _describe("optimal_clipped_noise", origin, bound, std)
     if equals(std, 0) and equals(bound, np.inf):
@@ -271,7 +270,7 @@ def optimal_rounding(
       ValueError: a negative step, or as `optimal_noise`.
       TypeError: as there.
     """
-    check_number("step", step, 0.0)
+    check_number("step", step, 0.0, open_high=True)
     origin = _Source(source, layerwise, num_probes, known)
     name = _describe("optimal_rounding", origin, step)
     if equals(step, 0):
@@ -375,9 +374,4 @@ def _stage(
 
 
 def _check_like(name: str, plan: PyTree, tree: PyTree) -> None:
-    try:
-        chex.assert_trees_all_equal_shapes(plan, tree)
-    except AssertionError as error:
-        raise ValueError(
-            f"{name}: source must have the gradient's tree and shapes: {error}"
-        ) from error
+    check_shapes(f"{name}: source must have the gradient's tree and shapes", plan, tree)

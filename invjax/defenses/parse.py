@@ -74,8 +74,7 @@ def parse(text: str | Sequence[calls.Call], model: Model | None = None) -> Defen
       clip_per_sample(1.0),gaussian_noise(0.01)
     """
     parsed = calls.parse(text, "defense") if isinstance(text, str) else text
-    if list(parsed) == [("none", (), {})]:
-        return chain()
+    parsed = [call for call in parsed if call != ("none", (), {})]
 
     def bind(make: Callable[..., Defense]) -> Callable[..., Defense]:
         parameters = inspect.signature(make).parameters

@@ -100,7 +100,7 @@ def open_sweep(
             for old in folder.glob(pattern):
                 old.unlink()
     record = {**now, "crc32": _settings_crc(now)}
-    files.write_atomic(path, (store.text(record, sort_keys=True, indent=2) + "\n").encode())
+    files.write_atomic(path, store.json_file(record, sort_keys=True, indent=2))
     return now
 
 

@@ -59,12 +59,19 @@ def check_folder(path: pathlib.Path, overwrite: bool) -> None:
 def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     raise TypeError(f"{type(value).__name__} cannot be recorded as JSON: {value!r}.")
 
 
 def text(value: Any, **options: Any) -> str:
-    """JSON on one line, NumPy's scalars and arrays included; `json.dumps` takes the options."""
+    """JSON on one line, with NumPy's scalars and arrays, and paths; `json.dumps` takes the options."""
     return json.dumps(value, default=_plain, **options)
+
+
+def json_file(value: Any, **options: Any) -> bytes:
+    """A JSON file's content; the options are those of `text`."""
+    return (text(value, **options) + "\n").encode()
 
 
 def npz_path(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -100,11 +107,6 @@ def npz(**arrays: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
-
-
-def json_text(value: Any) -> bytes:
-    """A value as readable JSON."""
-    return (json.dumps(value, indent=2, default=str) + "\n").encode()
 
 
 def write_folder(path: pathlib.Path, files: dict[str, bytes]) -> None:

@@ -202,7 +202,7 @@ def _tradeoff(settings, folder, resume, overwrite, seconds, tell) -> Result:
             ).to_pylist()
     result = _result(settings, measured, attacked, refused, failed)
     files.write_atomic(folder / "results.parquet", store.parquet(result.table))
-    files.write_atomic(folder / "results.json", (store.text(result._asdict()) + "\n").encode())
+    files.write_atomic(folder / "results.json", store.json_file(result._asdict()))
     tell(Event("", len(members), len(members), "done"))
     return result
 

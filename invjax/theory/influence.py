@@ -11,14 +11,13 @@ rest takes products with it. All of it may be jitted, and vmapped over victims.
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from invjax import conv
 from invjax.base import Array, Batch, Model, Params, PyTree
-from invjax.checks import check_choice, check_count, check_number
+from invjax.checks import check_choice, check_count, check_number, check_shapes
 from invjax.observe import check_params
 from invjax.theory.gram import (
     at_full_precision,
@@ -91,7 +90,7 @@ def influence(
       ValueError: parameters unlike the model, a perturbation unlike them, a number out of range.
     """
     batch = checked_batch(model, params, batch)
-    _check_perturbation(params, perturbation)
+    check_shapes("perturbation must have the shapes of params", params, perturbation)
     check_number("num_steps", num_steps, 1)
     check_number("damping", damping, 0.0)
     check_number("tolerance", tolerance, 0.0, 1.0, open_low=True)
@@ -136,7 +135,7 @@ def lower_bound(
       ValueError: as `influence` and `largest_eigenvalue`.
     """
     batch = checked_batch(model, params, batch)
-    _check_perturbation(params, perturbation)
+    check_shapes("perturbation must have the shapes of params", params, perturbation)
     check_number("num_steps", num_steps, 1)
     check_number("damping", damping, 0.0)
     gap = lanczos_gap(batch.inputs.size, num_steps)
@@ -327,10 +326,3 @@ def checked_batch(model: Model, params: Params, batch: Batch) -> Batch:
         )
     check_params(model, params, inputs.shape[1:])
     return Batch(jnp.asarray(inputs), jnp.asarray(labels))
-
-
-def _check_perturbation(params: Params, perturbation: PyTree) -> None:
-    try:
-        chex.assert_trees_all_equal_shapes(params, perturbation)
-    except AssertionError as error:
-        raise ValueError(f"perturbation must have the shapes of params: {error}") from error

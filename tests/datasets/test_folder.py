@@ -29,8 +29,8 @@ def test_image_folder_has_a_class_a_subfolder(tmp_path):
 
 def test_a_flat_folder_is_one_class_and_grey_stays_grey(tmp_path):
     raw = pixels(2, 4, 5)
-    for index, image in enumerate(raw):
-        save_image(tmp_path / f"{index}.png", image)
+    save_image(tmp_path / "0.png", raw[0])
+    save_image(tmp_path / "1.png", np.dstack([raw[1], pixels(4, 5)]))  # With an alpha channel.
     dataset = datasets.image_folder(str(tmp_path), name="mine")
     check(dataset, raw[..., None], [0, 0])
     assert (dataset.name, dataset.num_classes) == ("mine", 1)

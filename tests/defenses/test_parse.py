@@ -70,7 +70,8 @@ def test_wrong_arguments(text):
 
 
 def test_wrong_strengths():
-    with pytest.raises(ValueError, match="std must lie in"):
-        parse("gaussian(-1.0)")
+    for text in ("gaussian(-1.0)", "gaussian(1e999)", "laplace(1e999)", "dp(1.0, 1e999)"):
+        with pytest.raises(ValueError, match=r"must lie in \[0.0, inf\), got"):
+            parse(text)
     with pytest.raises(ValueError, match="cannot follow"):
         parse("gaussian(1.0),clip(1.0)")

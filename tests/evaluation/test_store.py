@@ -158,9 +158,9 @@ def test_npz_round_trip_without_pickles():
 
 def test_json_round_trip_and_what_json_does_not_know():
     value = {"seed": 7, "restarts": None, "model": "lenet", "defense": ["none"]}
-    text = store.json_text(value)
+    text = store.json_file(value, indent=2)
     assert json.loads(text) == value and text.endswith(b"\n")
-    assert json.loads(store.json_text({"out": pathlib.PurePosixPath("a/b")})) == {"out": "a/b"}
+    assert json.loads(store.json_file({"out": pathlib.PurePosixPath("a/b")})) == {"out": "a/b"}
 
 
 def test_versions_name_the_package_and_the_device():

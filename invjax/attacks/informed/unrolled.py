@@ -1,6 +1,5 @@
 """Inversion of a known deterministic training, by least squares on the released weights."""
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
@@ -8,7 +7,7 @@ from jax.flatten_util import ravel_pytree
 from invjax.attacks.analytic.feature_inversion import minimize
 from invjax.attacks.informed.training import Train
 from invjax.base import Array, Batch, Bound, Params, Reconstruction
-from invjax.checks import check_count, check_number
+from invjax.checks import check_count, check_number, check_shapes
 from invjax.ranges import check_range, flat_bounds
 
 
@@ -133,7 +132,5 @@ def _class_means(pool: Batch, num_classes: int) -> Array:
 
 
 def _check_weights(train: Train, released: Params, batch: Batch) -> None:
-    try:
-        chex.assert_trees_all_equal_shapes(released, jax.eval_shape(train, batch))
-    except AssertionError as error:
-        raise ValueError(f"released must be weights as train returns them: {error}") from error
+    shapes = jax.eval_shape(train, batch)
+    check_shapes("released must be weights as train returns them", shapes, released)

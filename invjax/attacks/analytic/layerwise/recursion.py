@@ -1,7 +1,7 @@
 """Layer by layer from the logits to the image: one linear system after another."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +115,21 @@ def layerwise(
     return closed_form(init, check)
 
 
+def residual_allowed(dtype: Any, tolerance: float | None) -> float:
+    """The largest relative residual of a layer that counts as solved.
+
+    Args:
+      dtype: of the gradient.
+      tolerance: what was asked for, if anything.
+
+    Returns:
+      It, or the default of the precision.
+    """
+    if tolerance is not None:
+        return tolerance
+    return 1e-6 if dtype == jnp.float64 else 1e-2
+
+
 def check_settings(
     solver: Solver | Sequence[Solver], branch: Branch, rtol: float, tolerance: float | None
 ) -> None:
@@ -205,8 +220,7 @@ def reconstruct(
         images, reports = jax.lax.map(
             lambda one: jax.lax.cond(one.valid, run, lambda _: blank, one), start
         )
-    double = images.dtype == jnp.float64
-    allowed = (1e-6 if double else 1e-2) if tolerance is None else tolerance
+    allowed = residual_allowed(images.dtype, tolerance)
     chosen, found, consistent = choice(observation, start.valid, images, reports, allowed)
     report = jax.tree.map(lambda leaf: leaf[chosen], reports)
     return Reconstruction(

@@ -1,5 +1,6 @@
 """From data, model and defence to what the adversary sees."""
 
+import warnings
 from typing import Any
 
 import jax
@@ -47,7 +48,8 @@ def observe(
       params: the parameters that the server sent.
       batch: inputs `[B, ...]`, labels `[B]` integers.
       defense: the client's defence; none by default.
-      input_range: lowest and highest input value, public; one number or one per channel each.
+      input_range: lowest and highest input value, public; one number or one per channel each. A
+        warning says where it does not hold.
       local: the local training of a federated round; the observation is then the update
         `start - end`, and the defence acts on it (it must be of stage `aggregate`).
       optimizer: the client's optimizer in a federated round, which `local.optimizer` should name;
@@ -79,7 +81,7 @@ def observe(
     """
     check_batch(model, batch)
     check_params(model, params, batch.inputs.shape[1:])
-    _check_input_range(input_range, batch.inputs.shape[-1])
+    _check_input_range(input_range, batch.inputs)
     defense = chain() if defense is None else defense
     if not isinstance(defense, Defense):
         raise TypeError(f"defense must be an invjax defence, got {defense!r}.")
@@ -215,13 +217,26 @@ def check_batch(model: Model, batch: Batch) -> None:
         raise ValueError("batch.inputs must be finite, got NaN or infinity.")
 
 
-def _check_input_range(input_range: tuple[Bound, Bound], channels: int) -> None:
+def _check_input_range(input_range: tuple[Bound, Bound], inputs: Array) -> None:
     check_range(input_range)
+    channels = inputs.shape[-1]
     sizes = [np.size(bound) for bound in input_range]
     if not {*sizes} <= {1, channels}:
         raise ValueError(
             f"A bound of input_range must be one number or {channels}, one a channel of "
             f"batch.inputs, got bounds of {sizes} numbers."
+        )
+    if _traced(inputs):
+        return
+    values = np.asarray(inputs)
+    low, high = (np.asarray(bound, float) for bound in input_range)
+    rounding = 1e-4 * (high - low)
+    if (values < low - rounding).any() or (values > high + rounding).any():
+        warnings.warn(
+            f"batch.inputs lie in [{values.min():.3g}, {values.max():.3g}], outside input_range "
+            f"{input_range}: an attack that keeps to the range cannot find them. Of a data set it is "
+            "dataset.input_range.",
+            stacklevel=3,
         )
 
 

@@ -1,5 +1,7 @@
 """What the server sees, and what is refused before anything is computed."""
 
+import warnings
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -139,3 +141,20 @@ def test_bad_params_and_defenses(params, batch):
 def test_settings_that_would_mislead_the_adversary_are_refused(params, batch, settings, message):
     with pytest.raises(ValueError, match=message):
         invjax.observe(jax.random.key(0), MODEL, params, batch, **settings)
+
+
+def test_a_range_that_does_not_hold_is_told(params, batch):
+    wide = batch._replace(inputs=3 * batch.inputs - 1)
+    with pytest.warns(UserWarning, match=r"batch.inputs lie in \[-.*outside input_range \(0.0, 1"):
+        invjax.observe(jax.random.key(0), MODEL, params, wide)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for inputs, input_range in (
+            (wide.inputs, (-1.0, 2.0)),
+            (batch.inputs, (0.0, 1.0)),
+            ((batch.inputs > 0.5) * 1.000001, (0.0, (1.0,))),  # Up to rounding.
+        ):
+            shown = batch._replace(inputs=inputs)
+            invjax.observe(jax.random.key(0), MODEL, params, shown, input_range=input_range)
+        with pytest.raises(UserWarning, match="outside"):
+            invjax.observe(jax.random.key(0), MODEL, params, batch, input_range=(0.0, 0.5))

@@ -45,6 +45,9 @@ RUNS = {
     "quality-peer": Run(
         "attack_quality.py", None, f"peer --images 10 --steps 4800 {DATA}", ("data", "torch")
     ),
+    "quality-peer-batch": Run(
+        "attack_quality.py", None, f"peer --images 10 --batch-size 8 {DATA}", ("data", "torch")
+    ),
     "speed": Run(
         "attack_speed.py",
         "--models lenet --batch-sizes 1 --restarts 1 8 --rounds 3",
@@ -64,6 +67,8 @@ RUNS = {
         f"--dataset mnist --images 16 {DATA}",
         ("data",),
     ),
+    "federated": Run("papers/federated_rounds.py", "--quick", ""),
+    "tabular": Run("papers/tabular_data.py", None, DATA, ("data",)),
     "course": Run(
         "papers/course_of_training.py", "--victims 2 --attack-steps 30", "", figure="--figures"
     ),
@@ -80,6 +85,24 @@ RUNS = {
         + DATA,
         ("data",),
     ),
+    "exclusivity-cifar10": Run(
+        "papers/exclusivity.py",
+        None,
+        "--dataset cifar10 --widths 1000 --batches 2 --batch-sizes 4 16 64 --train-steps 0 300 "
+        + DATA,
+        ("data",),
+    ),
+    "exclusivity-speed": Run(
+        "papers/exclusivity.py",
+        None,
+        "--widths 512 2048 --batches 5 --batch-sizes 2 4 8 "
+        "--attacks exclusivity 'row scan' spear dlg 'inverting gradients'",
+    ),
+    "spear": Run(
+        "papers/exclusivity.py",
+        "--widths 200 --batches 1 --batch-sizes 10 --attacks spear --spear-limit 10",
+        "--widths 200 --batch-sizes 10 12 14 16 --attacks spear --spear-limit 16 --spear-steps 500",
+    ),
     "layerwise-index": Run("papers/layerwise.py", "index --images 1", "index", figure="--figure"),
     "layerwise-compare": Run("papers/layerwise.py", None, f"compare {DATA}", ("data",)),
     "layerwise-noise": Run("papers/layerwise.py", None, "noise"),
@@ -93,6 +116,7 @@ RUNS = {
     "tensor": Run(
         "papers/systematic_evaluation.py", "tensor --quick --tables regression", "tensor"
     ),
+    "tradeoff-preset": Run("invjax", None, "tradeoff --preset digits"),
     "tradeoff": Run("invjax", None, "tradeoff '{here}/tradeoff_digits_all.toml'"),
     "strong": Run(
         "papers/strong_attack.py",
@@ -108,14 +132,33 @@ RUNS = {
     "reconstructor-mnist": Run(
         "papers/informed_reconstructor.py", None, f"mnist {DATA}", ("data",)
     ),
+    "glm": Run("papers/informed_exact.py", "glm --draws 10", "glm"),
+    "bounds-dp": Run("papers/informed_exact.py", "bounds --settings 5", "bounds"),
     "privacy": Run(
         "papers/dp_reconstruction.py",
         "--attacks glm --releases 1",
-        "",
+        "--attacks prior glm --trials 200",
+        figure="--figure",
+    ),
+    "privacy-hidden": Run(
+        "papers/dp_reconstruction.py",
+        None,
+        "--attacks hidden weights glm --trials 100",
         figure="--figure",
     ),
     "privacy-mnist": Run(
-        "papers/dp_reconstruction.py", None, f"--dataset mnist {DATA}", ("data",), figure="--figure"
+        "papers/dp_reconstruction.py",
+        None,
+        f"--dataset mnist --known 199 --trials 100 --attacks prior glm {DATA}",
+        ("data",),
+        figure="--figure",
+    ),
+    "privacy-mnist-weights": Run(
+        "papers/dp_reconstruction.py",
+        None,
+        f"--dataset mnist --attacks weights --shadows 400 --targets 50 {DATA}",
+        ("data",),
+        figure="--figure",
     ),
 }
 

@@ -17,6 +17,7 @@ from invjax.base import Attack as Attack
 from invjax.base import Batch as Batch
 from invjax.base import Defense as Defense
 from invjax.base import Facts as Facts
+from invjax.base import Layer as Layer
 from invjax.base import LocalTraining as LocalTraining
 from invjax.base import Model as Model
 from invjax.base import Observation as Observation
@@ -33,6 +34,7 @@ __all__ = [
     "Batch",
     "Defense",
     "Facts",
+    "Layer",
     "LocalTraining",
     "Model",
     "Observation",

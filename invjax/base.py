@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import optax
 
+from invjax.checks import check_key
+
 Array = jax.Array
 PyTree = Any
 Params = PyTree
@@ -202,6 +204,22 @@ class Model(NamedTuple):
     head: Head | None = None
 
 
+def check_model(model: Model) -> None:
+    """Refuse what is no model.
+
+    Args:
+      model: what was given.
+
+    Raises:
+      TypeError: it is something else.
+    """
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"model must be an invjax.Model, got {type(model).__name__}: invjax.models has some, and "
+            "from_nnx(module, input_shape) and from_linen(module, input_shape) return (model, params)."
+        )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Attack:
     """An estimator of the private batch from an observation, as three pure functions.
@@ -240,7 +258,9 @@ class Attack:
 
         Raises:
           ValueError: an observation that the attack cannot use.
+          TypeError: a key that is none.
         """
+        check_key(key)
         if self.check is not None:
             self.check(observation)
         return _run_attack(self, key, observation)
@@ -301,9 +321,12 @@ class Defense(optax.GradientTransformationExtraArgs):
       name: the constructor and its settings, for tables and messages.
       stage: where it acts first on a gradient: `per_sample` or `aggregate`.
       stages: the elementary stages (`invjax.defenses.base.Elementary`) that it chains, in order.
-      init_with_key: `init_with_key(key, params) -> state`; `init` is the same with the default key.
+      init_with_key: `init_with_key(key, params) -> state`; `init` is the same with the default key,
+        which follows from the name: whoever knows it can subtract the noise.
+      with_key: `with_key(key)`, the same defence with a key of your own in `init`: what real training
+        takes, `optax.chain(defense.with_key(secret), ...)`, another one for every client.
       prepare: `prepare(batch, state, params) -> (batch, state)`, the batch that the gradient is to
-        be taken of.
+        be taken of. A defence that changes the batch or must see it refuses an update without.
       public: `public(state) -> tuple`, what the defence publishes of its randomness, an entry a stage.
       law: `law(observed, candidate, public) -> Law`: the law of the observation given a candidate
         gradient (per-sample where the stage says so).
@@ -314,6 +337,7 @@ class Defense(optax.GradientTransformationExtraArgs):
     stage: Stage
     stages: tuple
     init_with_key: Callable[[Array, Params], Any]
+    with_key: Callable[[Array], "Defense"]
     prepare: Callable[[Batch, Any, Params], tuple[Batch, Any]]
     public: Callable[[Any], tuple]
     law: Callable[..., Any]

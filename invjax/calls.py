@@ -7,6 +7,7 @@ A name with dots is a function of anybody's: `mylab.attacks.probe(0.1)` is `prob
 import ast
 import difflib
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,8 +26,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     Returns:
       ` Did you mean 'x'?` or the empty string.
     """
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f" Did you mean {near[0]!r}?" if near else ""
+
+    def likeness(full: str) -> float:
+        # Names are often cut short.
+        starts = (full, full[: len(name)])
+        return max(difflib.SequenceMatcher(None, name, start).ratio() for start in starts)
+
+    near = max(known, key=likeness, default="")
+    return f" Did you mean {near!r}?" if near and likeness(near) >= 0.4 else ""
 
 
 def resolve(name: str, known: Mapping[str, Callable], what: str) -> Callable:
@@ -179,6 +186,13 @@ def build(
     results = []
     for name, args, kwargs in parse(text, what) if isinstance(text, str) else text:
         function = bind(resolve(name, known, what))
+        taken = inspect.signature(function).parameters
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in taken.values()):
+            for given in set(kwargs) - set(taken):
+                raise ValueError(
+                    f"The {what} {name!r} takes {', '.join(taken)}, not {given!r}."
+                    f"{nearest(given, taken)}"
+                )
         try:
             results.append(function(*args, **{**defaults, **kwargs}))
         except TypeError as error:

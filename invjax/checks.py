@@ -1,6 +1,6 @@
 """What arguments may be, and how they are shown: numbers, counts, choices, ranges of inputs.
 
-Traced numbers (a sweep's strengths) and device arrays pass: only those on the host are checked.
+Traced numbers (a sweep's strengths) pass.
 """
 
 import math
@@ -32,7 +32,7 @@ def check_number(
 
     Args:
       name: the argument's name.
-      value: a number, or a traced or device scalar, which passes.
+      value: a number, on the host or a device, or a traced scalar, which passes.
       low: least allowed value.
       high: largest allowed value.
       open_low: whether `low` itself is refused.
@@ -44,7 +44,7 @@ def check_number(
     interval = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
     if np.shape(value) != () or not (on_host(value) or isinstance(value, jax.Array)):
         raise ValueError(f"{name} must be a number in {interval}, got {value!r}.")
-    if not on_host(value):
+    if isinstance(value, jax.core.Tracer):
         return
     above = value > low if open_low else value >= low
     below = value < high if open_high else value <= high
@@ -85,6 +85,23 @@ def check_shapes(message: str, expected: PyTree, given: PyTree) -> None:
         chex.assert_trees_all_equal_shapes(expected, given)
     except AssertionError as error:
         raise ValueError(f"{message}: {error}") from error
+
+
+def check_key(key: Any) -> None:
+    """Refuse what is no PRNG key.
+
+    Args:
+      key: what was given.
+
+    Raises:
+      TypeError: it is not one typed key.
+    """
+    typed = jax.dtypes.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key)
+    if not typed or key.shape != ():
+        raise TypeError(
+            f"key must be one typed PRNG key, jax.random.key(seed), got "
+            f"{getattr(key, 'dtype', type(key).__name__)} of shape {np.shape(key)}."
+        )
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ import jax.extend
 import jax.numpy as jnp
 from jax import lax
 
-from invjax.base import Array, Model
+from invjax.base import Array, Model, check_model
 
 
 def im2col_conv(
@@ -121,7 +121,11 @@ def for_matching(model: Model, backend: str | None = None) -> Model:
 
     Returns:
       A model of the same function and the same parameters.
+
+    Raises:
+      TypeError: what is no model.
     """
+    check_model(model)
     backend = jax.default_backend() if backend is None else backend
     if backend == "cpu" and model.with_convolution is not None:
         return model.with_convolution(im2col_conv)

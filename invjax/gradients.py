@@ -121,12 +121,15 @@ def clip_scale(gradients: PyTree, clip_norm: Array | float) -> Array:
       clip_norm: L2 radius over all parameters together, positive.
 
     Returns:
-      `[B]` factors; 1 for a zero gradient.
+      `[B]` factors, of single precision at least; 1 for a zero gradient.
     """
-    squared = sum(
-        jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim)))
-        for leaf in jax.tree.leaves(gradients)
-    )
+
+    def square(leaf: Array) -> Array:
+        # A square of half precision overflows at 256.
+        wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        return jnp.sum(jnp.square(wide), axis=tuple(range(1, leaf.ndim)))
+
+    squared = sum(map(square, jax.tree.leaves(gradients)))
     # The double where keeps the derivative at a zero gradient finite.
     outside = squared > clip_norm**2
     return jnp.where(outside, clip_norm / jnp.sqrt(jnp.where(outside, squared, 1.0)), 1.0)

@@ -20,8 +20,9 @@ from invjax.base import (
     Observation,
     Params,
     PyTree,
+    check_model,
 )
-from invjax.checks import check_shapes
+from invjax.checks import check_key, check_shapes
 from invjax.defenses import chain
 from invjax.ranges import check_range
 
@@ -79,12 +80,17 @@ def observe(
       >>> observation.facts.batch_size, observation.labels is None
       (4, True)
     """
+    check_key(key)
+    check_model(model)
     check_batch(model, batch)
     check_params(model, params, batch.inputs.shape[1:])
     _check_input_range(input_range, batch.inputs)
     defense = chain() if defense is None else defense
     if not isinstance(defense, Defense):
-        raise TypeError(f"defense must be an invjax defence, got {defense!r}.")
+        raise TypeError(
+            f"defense must be an invjax defence, got {defense!r}; of a text it is "
+            "invjax.defenses.parse(text, model)."
+        )
     if grant_statistics and model.statistics is None:
         raise ValueError(f"grant_statistics: the model {model.name} has no batch norm.")
     if local is not None and defense.stage == "per_sample":
@@ -117,7 +123,7 @@ def observe(
             input_shape=tuple(batch.inputs.shape[1:]),
             num_classes=model.num_classes,
             batch_size=batch.inputs.shape[0] if grant_batch_size else None,
-            input_range=input_range,
+            input_range=_plain(input_range),
             local=local,
         ),
         labels=jnp.asarray(granted) if grant_labels else None,
@@ -191,19 +197,27 @@ def check_batch(model: Model, batch: Batch) -> None:
       ValueError: no samples, unequal lengths, labels out of range, inputs that are not finite.
       TypeError: labels that are not integers, inputs that are not floats.
     """
+    if not (isinstance(batch, Batch) and all(hasattr(part, "shape") for part in batch)):
+        parts = ", ".join(type(part).__name__ for part in batch)
+        raise TypeError(
+            f"batch must be an invjax.Batch of two arrays, got {type(batch).__name__} of {parts}."
+        )
     inputs, labels = batch
     if jnp.ndim(inputs) < 2 or inputs.shape[0] == 0:
         raise ValueError(
             f"batch.inputs must be [B, ...] with B >= 1, got shape {jnp.shape(inputs)}."
         )
     if not jnp.issubdtype(inputs.dtype, jnp.floating):
-        raise TypeError(f"batch.inputs must be floating point, got {inputs.dtype}.")
+        raise TypeError(
+            f"batch.inputs must be floating point, got {inputs.dtype}; "
+            "invjax.datasets.from_arrays scales bytes to [0, 1]."
+        )
     if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
         raise TypeError(f"batch.labels must be integers, got {jnp.result_type(labels)}.")
     if jnp.shape(labels) != (inputs.shape[0],):
         raise ValueError(
             f"batch.labels must have shape ({inputs.shape[0]},) to go with the inputs, "
-            f"got {jnp.shape(labels)}."
+            f"got {jnp.shape(labels)}. (A single sample has a batch axis too: [None].)"
         )
     if _traced(batch):
         return
@@ -215,6 +229,14 @@ def check_batch(model: Model, batch: Batch) -> None:
         raise ValueError(f"batch.labels must lie in [0, {classes - 1}], got [{low}, {high}].")
     if not np.isfinite(np.asarray(inputs)).all():
         raise ValueError("batch.inputs must be finite, got NaN or infinity.")
+
+
+def _plain(input_range) -> tuple[Bound, Bound]:
+    """Arrays have no hash, which what is static needs."""
+    low, high = (
+        float(bound) if np.ndim(bound) == 0 else tuple(map(float, bound)) for bound in input_range
+    )
+    return low, high
 
 
 def _check_input_range(input_range: tuple[Bound, Bound], inputs: Array) -> None:

@@ -105,6 +105,8 @@ def test_the_reported_command_repeats_the_run(run, tmp_path):
         (["--model", "lenett"], "Did you mean 'lenet'"),
         (["--defense", "gausian(1)"], "Did you mean 'gaussian_noise'"),
         (["--defense", "gaussian(-1)"], "std"),
+        (["--defense", "clp(1.0)"], "Did you mean 'clip_per_sample'"),
+        (["--defense", "clip(norm=1.0)"], "takes clip_norm, not 'norm'. Did you mean 'clip_norm'"),
         (["--attack", "dgl"], "Did you mean 'dlg'"),
         (["--attack", "dlg(speed=3)"], "speed"),
         (["--attack", "row_scan"], "must be fully connected, got a layer conv"),

@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "invjax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-MAX_LINES = 420
+MAX_LINES = 400
 
 FLOORS = (
     {"base", "calls", "checks", "files"},
@@ -25,6 +25,7 @@ FLOORS = (
 )
 # The only imports between neighbours of one floor.
 SIDEWAYS = {
+    ("base", "checks"),
     ("driver", "conv"),
     ("observe", "defenses"),
     ("cli", "report"),

@@ -158,3 +158,33 @@ def test_a_range_that_does_not_hold_is_told(params, batch):
             invjax.observe(jax.random.key(0), MODEL, params, shown, input_range=input_range)
         with pytest.raises(UserWarning, match="outside"):
             invjax.observe(jax.random.key(0), MODEL, params, batch, input_range=(0.0, 0.5))
+
+
+def test_what_is_no_key_model_or_batch_is_named(params, batch):
+    key = jax.random.key(0)
+    attack = invjax.attacks.dlg(MODEL)
+    seen = invjax.observe(key, MODEL, params, batch)
+    for wrong in (0, jax.random.PRNGKey(0), jax.random.split(key)):
+        for call in (
+            lambda key: invjax.observe(key, MODEL, params, batch),
+            lambda key: attack(key, seen),
+        ):
+            with pytest.raises(TypeError, match="key must be one typed PRNG key"):
+                call(wrong)
+    for wrong in (params, (MODEL, params)):
+        for call in (
+            lambda model: invjax.observe(key, model, params, batch),
+            invjax.attacks.inverting_gradients,
+            invjax.attacks.bias_trick,
+        ):
+            with pytest.raises(TypeError, match=r"model must be an invjax.Model, got (dict|tuple)"):
+                call(wrong)
+    for wrong in (tuple(batch), Batch([1.0], [2])):
+        with pytest.raises(TypeError, match=r"batch must be an invjax.Batch of two arrays, got"):
+            invjax.observe(key, MODEL, params, wrong)
+
+
+def test_a_range_of_arrays_is_static_all_the_same(params, batch):
+    bounds = (np.zeros(1, np.float32), np.ones(1))
+    seen = invjax.observe(jax.random.key(0), MODEL, params, batch, input_range=bounds)
+    assert hash(seen.facts) is not None and seen.facts.input_range == ((0.0,), (1.0,))

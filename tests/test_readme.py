@@ -31,7 +31,15 @@ def test_every_attack_and_defense_is_named():
             parameters = getattr(invjax.defenses, name).__annotations__
             if parameters.get("return") is invjax.Defense and name not in ("chain", "parse"):
                 assert f"`{name}`" in PAGE, name
-    for name in ("tensor", "layerwise", "hybrid", "strong", "spear", "row_scan", "exclusivity"):
+    for name in (
+        "tensor.tensor",
+        "layerwise",
+        "hybrid",
+        "strong",
+        "spear",
+        "row_scan",
+        "exclusivity",
+    ):
         assert f"`{name}`" in PAGE
 
 

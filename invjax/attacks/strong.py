@@ -1,6 +1,7 @@
 """The strong attack on deep networks: an untrained generator, guided by features that algebra recovers."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -20,8 +21,8 @@ from invjax.attacks.analytic.tensor.head import (
 )
 from invjax.attacks.matching import generator as generators
 from invjax.attacks.matching import objectives, presets, priors
-from invjax.attacks.matching.loop import gradient_matching, normal
-from invjax.base import Array, Attack, Batch, Model, Observation
+from invjax.attacks.matching.loop import Initializer, State, gradient_matching, normal
+from invjax.base import Array, Attack, Batch, Model, Observation, Reconstruction
 from invjax.checks import check_choice, check_number
 from invjax.models.layers import apply_layers
 from invjax.observe import check_observation, per_step_gradient
@@ -116,24 +117,11 @@ def strong(
     if model.head is None:
         raise ValueError(f"The model {model.name} does not tell its dense head.")
 
-    def candidate(model: Model, observation: Observation, batch: Batch, variables):
-        gradient = gradients.gradient(model, observation.params, batch)
-        if guide == "none":
-            return gradient, jnp.zeros(())
-        assert model.head is not None
-        below = model.head.features(observation.params, batch.inputs)
-        between = model.head.layers(observation.params)[:-2]
-        features = apply_layers(between, below.reshape(below.shape[0], -1))
-        return gradient, disagreement(guide, features, jax.lax.stop_gradient(variables["known"]))
-
-    def distance(found, observation: Observation) -> Array:
-        gradient, penalty = found
-        seen = observation._replace(gradient=per_step_gradient(observation))
-        return objectives.cosine().value(gradient, seen) + weight * penalty
-
     fixed: dict[str, Any] = {
-        "objective": objectives.Objective(distance, name="cosine_and_features"),
-        "candidate": candidate,
+        "objective": objectives.Objective(
+            functools.partial(_distance, weight), name="cosine_and_features"
+        ),
+        "candidate": functools.partial(_candidate, guide),
         "num_steps": num_steps,
         "restarts": restarts,
         # Whatever their source, the labels are known before the loop starts.
@@ -145,73 +133,113 @@ def strong(
         **settings,
     }
     loop = gradient_matching(model, **fixed, **plan)
+    recovery = _Recovery(model, guide, tolerance, labels, settings.get("batch_size"), noise_std)
 
-    def started(known: Guidance) -> Attack:
-        """The loop for its start alone, whence it carries the guidance along."""
-
-        def start(key: Array, shape: tuple[int, ...], observation: Observation):
-            first = plan["initializer"](key, shape, observation)
-            return {**(first if isinstance(first, dict) else {"inputs": first}), "known": known}
-
-        begun: dict[str, Any] = {**plan, "initializer": start}
-        return gradient_matching(model, **fixed, **begun)
-
-    def size_of(observation: Observation) -> int:
-        size = settings.get("batch_size") or observation.facts.batch_size
-        if size is None:
-            raise ValueError("The strong attack needs an observation that tells its batch_size.")
-        return size
-
-    def granted(observation: Observation) -> Array | None:
-        return None if labels == "recovered" else observation.labels
-
-    def recovered(observation: Observation, found: HeadFeatures) -> Array:
-        """Those of the features if these can be relied on; noise costs them long before the others."""
-        if model.num_classes < 2:
-            return found.labels
-        counted = label_recovery.recover(model, observation, size_of(observation))
-        return jnp.where((_trust(found.residual, tolerance) > 0).all(), found.labels, counted)
-
-    def seeks_features(observation: Observation) -> bool:
-        return guide == "features" or granted(observation) is None
-
-    def check_head(observation: Observation) -> None:
-        if granted(observation) is None:
-            check_observation(model, observation)
-        else:
-            assert loop.check is not None
-            loop.check(observation)
-        hidden, _ = head_layers(model, observation.params)
-        size = size_of(observation)
-        if labels == "known" and observation.labels is None:
-            raise ValueError("labels='known', but the observation grants none: use 'recovered'.")
-        if seeks_features(observation):
-            problem = head_problem(model, observation.params, observation.gradient)
-            check_size(size, problem, hidden.activation, "outer")
+    def check(observation: Observation) -> None:
+        _check(recovery, loop, observation)
         if generator is not None:
             generator(observation.facts.input_shape)
 
-    def init(key: Array, observation: Observation):
+    def init(key: Array, observation: Observation) -> State:
         head_key, key = jax.random.split(key)
-        gradient, size = per_step_gradient(observation), size_of(observation)
-        if seeks_features(observation):
-            found = head_features(
-                model, observation.params, gradient, size, key=head_key, noise_std=noise_std
-            )
-            given = granted(observation)
-            mine = recovered(observation, found) if given is None else given
-            known = guidance(found, mine, tolerance)
-        else:
-            mine = observation.labels
-            known = only_span(*head_span(model, gradient, size), tolerance)
-        return started(known).init(key, observation._replace(labels=mine))
+        mine, known = _recovered(recovery, head_key, observation)
+        # For its start alone, whence the loop carries the guidance along.
+        begun: dict[str, Any] = {**plan, "initializer": _carrying(known, plan["initializer"])}
+        started = gradient_matching(model, **fixed, **begun)
+        return started.init(key, observation._replace(labels=mine))
 
-    def result(observation: Observation, state):
+    def result(observation: Observation, state: State) -> Reconstruction:
         found = loop.result(observation, state)
         known = jax.tree.map(lambda leaf: leaf[0], state.best["known"])
         return found._replace(diagnostics={**found.diagnostics, **known._asdict()})
 
-    return dataclasses.replace(loop, init=init, result=result, check=check_head)
+    return dataclasses.replace(loop, init=init, result=result, check=check)
+
+
+class _Recovery(NamedTuple):
+    """The settings of `strong` that say how labels and features are found."""
+
+    model: Model
+    guide: Guide
+    tolerance: float
+    labels: Labels | None
+    batch_size: int | None
+    noise_std: float | None
+
+
+def _size(recovery: _Recovery, observation: Observation) -> int:
+    size = recovery.batch_size or observation.facts.batch_size
+    if size is None:
+        raise ValueError("The strong attack needs an observation that tells its batch_size.")
+    return size
+
+
+def _granted(recovery: _Recovery, observation: Observation) -> Array | None:
+    return None if recovery.labels == "recovered" else observation.labels
+
+
+def _seeks_features(recovery: _Recovery, observation: Observation) -> bool:
+    return recovery.guide == "features" or _granted(recovery, observation) is None
+
+
+def _check(recovery: _Recovery, loop: Attack, observation: Observation) -> None:
+    model = recovery.model
+    if _granted(recovery, observation) is None:
+        check_observation(model, observation)
+    else:
+        assert loop.check is not None
+        loop.check(observation)
+    hidden, _ = head_layers(model, observation.params)
+    size = _size(recovery, observation)
+    if recovery.labels == "known" and observation.labels is None:
+        raise ValueError("labels='known', but the observation grants none: use 'recovered'.")
+    if _seeks_features(recovery, observation):
+        problem = head_problem(model, observation.params, observation.gradient)
+        check_size(size, problem, hidden.activation, "outer")
+
+
+def _recovered(recovery: _Recovery, key: Array, observation: Observation) -> tuple[Array, Guidance]:
+    """The labels that the loop is given, and what guides it."""
+    model, tolerance = recovery.model, recovery.tolerance
+    gradient, size = per_step_gradient(observation), _size(recovery, observation)
+    labels = _granted(recovery, observation)
+    if labels is not None and not _seeks_features(recovery, observation):
+        return labels, only_span(*head_span(model, gradient, size), tolerance)
+    found = head_features(
+        model, observation.params, gradient, size, key=key, noise_std=recovery.noise_std
+    )
+    if labels is None:
+        labels = _reliable_labels(recovery, observation, found)
+    return labels, guidance(found, labels, tolerance)
+
+
+def _reliable_labels(recovery: _Recovery, observation: Observation, found: HeadFeatures) -> Array:
+    """Those of the features if these can be relied on; noise costs them long before the others."""
+    model = recovery.model
+    if model.num_classes < 2:
+        return found.labels
+    counted = label_recovery.recover(model, observation, _size(recovery, observation))
+    reliable = (_trust(found.residual, recovery.tolerance) > 0).all()
+    return jnp.where(reliable, found.labels, counted)
+
+
+def _candidate(guide: Guide, model: Model, observation: Observation, batch: Batch, variables):
+    """The gradient of a batch, and how far its features are from those recovered."""
+    gradient = gradients.gradient(model, observation.params, batch)
+    if guide == "none":
+        return gradient, jnp.zeros(())
+    assert model.head is not None
+    below = model.head.features(observation.params, batch.inputs)
+    between = model.head.layers(observation.params)[:-2]
+    features = apply_layers(between, below.reshape(below.shape[0], -1))
+    return gradient, disagreement(guide, features, jax.lax.stop_gradient(variables["known"]))
+
+
+def _distance(weight: float, found, observation: Observation) -> Array:
+    """Of a `_candidate` from the observation."""
+    gradient, penalty = found
+    seen = observation._replace(gradient=per_step_gradient(observation))
+    return objectives.cosine().value(gradient, seen) + weight * penalty
 
 
 def _variables(
@@ -235,6 +263,16 @@ def _variables(
         return generators.generated(made)[1](variables, observation)
 
     return {"initializer": begin, "decode": decode, "optimizer": optax.adam(learning_rate)}
+
+
+def _carrying(known: Guidance, initializer: Initializer) -> Callable:
+    """The initializer, with the guidance among its variables."""
+
+    def start(key: Array, shape: tuple[int, ...], observation: Observation):
+        first = initializer(key, shape, observation)
+        return {**(first if isinstance(first, dict) else {"inputs": first}), "known": known}
+
+    return start
 
 
 def guidance(found: HeadFeatures, labels: Array, tolerance: float) -> Guidance:

@@ -33,8 +33,8 @@ def activation_count_pruning(
     neuron of the first dense layer that `a` samples of the batch activate, `0 < a <= max_count`, the
     weight gradient keeps the largest `p = (a - 1)^2 (p_u - p_l) / (cutoff - 2)^2 + p_l` of its
     entries (their equation 14), and a random `drop` of these is zeroed besides. Biases, other
-    neurons and other layers are sent as they are. Counts are taken by `prepare`; without that call
-    nothing is pruned.
+    neurons and other layers are sent as they are. Counts are taken by `prepare`, which every
+    update needs.
 
     In batches of `max_count` samples and fewer every row is pruned. On digits this slowed the
     training of 64 hidden units, and not that of 512.

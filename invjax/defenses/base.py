@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from invjax.base import Array, Batch, Defense, Params, PyTree, Stage
+from invjax.checks import check_shapes
 from invjax.defenses.law import Law, aggregate, log_likelihood
 from invjax.gradients import mean_samples
 
@@ -44,6 +45,21 @@ class Elementary(NamedTuple):
     prepare: Callable[[Batch, Any, Params], tuple[Batch, Any]] | None = None
     keeps_zeros: bool = False
     reads_values: bool = False
+
+
+@jax.tree_util.register_pytree_node_class
+class Prepared(tuple):
+    """The stages' states of a defence that has seen the batch: another tree, which `update` can tell."""
+
+    def tree_flatten(self) -> tuple[tuple, None]:
+        """The states; nothing is static."""
+        return tuple(self), None
+
+    @classmethod
+    def tree_unflatten(cls, static: None, states: tuple) -> "Prepared":
+        """From the states."""
+        del static
+        return cls(states)
 
 
 ORDER: tuple[Stage, ...] = get_args(Stage)
@@ -123,8 +139,8 @@ def from_stages(*stages: Elementary, name: str | None = None, key: Array | None 
       key: PRNG key of `init`; a fixed key derived from the name where `None`.
 
     Returns:
-      The defence. Its `update` keeps every leaf's dtype, and checks gradients against parameters
-      where it is given these; `with_key(key)` is the same defence with another key of `init`.
+      The defence. Its `update` keeps every leaf's dtype, checks gradients against parameters where
+      it is given these, and of stages with a `prepare` refuses a state that was not prepared.
 
     Raises:
       ValueError: a stage on inputs stands after one on gradients, or a per-sample stage after an
@@ -138,6 +154,7 @@ def from_stages(*stages: Elementary, name: str | None = None, key: Array | None 
             )
     name = ",".join(stage.name for stage in stages) if name is None else name
     per_sample = any(stage.stage == "per_sample" for stage in stages)
+    sees_batch = [stage.name for stage in stages if stage.prepare is not None]
 
     def init_with_key(key: Array, params: Params) -> tuple:
         # Every stage draws from its own key; folding in also copies a key that may be donated.
@@ -150,16 +167,26 @@ def from_stages(*stages: Elementary, name: str | None = None, key: Array | None 
         return init_with_key(default, params)
 
     def prepare(batch: Batch, state, params: Params):
+        if not sees_batch:
+            return batch, state
         new_state = list(state)
         for index, stage in enumerate(stages):
             if stage.prepare is not None:
-                batch, new_state[index] = stage.prepare(batch, state[index], params)
-        return batch, tuple(new_state)
+                batch, new_state[index] = stage.prepare(batch, new_state[index], params)
+        return batch, Prepared(tuple(new_state))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
+        if sees_batch and not isinstance(state, Prepared):
+            raise ValueError(
+                f"{', '.join(sees_batch)} must see the batch before every update: "
+                "batch, state = defense.prepare(batch, state, params), and take the gradient of that batch. "
+                "(In an optax.chain the state is that of its link.)"
+            )
         dtypes = jax.tree.map(lambda leaf: leaf.dtype, updates)
         count = _leading_size(updates, name, params) if per_sample else 1
+        if not per_sample and params is not None:
+            check_shapes(f"{name} acts on a gradient of the parameters' shapes", params, updates)
         aggregated = not per_sample
         new_state = []
         for stage, stage_state in zip(stages, state, strict=True):
@@ -234,8 +261,8 @@ def chain(*defenses: Defense, key: Array | None = None) -> Defense:
     for defense in defenses:
         if not isinstance(defense, Defense):
             raise TypeError(
-                f"invjax.chain composes defences, got {defense!r}; compose it with an optimizer by "
-                "optax.chain(invjax.chain(...), optimizer)."
+                f"invjax.chain composes defences, got {defense!r}; a list is unpacked, "
+                "chain(*defenses), and an optimizer follows by optax.chain(chain(...), optimizer)."
             )
     return from_stages(
         *(stage for defense in defenses for stage in defense.stages),
@@ -253,7 +280,10 @@ def _readable(stage: Elementary, later: tuple[Elementary, ...]) -> bool:
 
 def _leading_size(gradients: PyTree, name: str, params: Params | None = None) -> int:
     """The number of samples; refuses what is not a tree of per-sample gradients."""
-    hint = "Feed invjax.gradients.per_sample_gradients."
+    hint = (
+        "Feed invjax.gradients.per_sample_gradients; what accumulates gradients (optax.MultiSteps) comes "
+        "behind the defence: optax.chain(defense, optax.MultiSteps(...).gradient_transformation())."
+    )
     leaves = jax.tree.leaves(gradients)
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
     if len(sizes) != 1 or None in sizes:

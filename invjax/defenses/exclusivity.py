@@ -121,7 +121,7 @@ def mask_exclusive_rows(model: Model, dominance: float = 1.0, *, known: bool = F
     dominance is `max_m |delta_j^m| / sum_m |delta_j^m|`. Where this reaches the threshold, and
     where the neuron is exclusive, all gradients of weights into and out of it and of its bias are
     zeroed. A threshold of 1 is the plain rule: exclusive neurons only. The mask is computed by
-    `prepare`, of the batch and the parameters that it is given; without that call nothing is zeroed.
+    `prepare`, of the batch and the parameters that it is given, which every update needs.
 
     What it does not stop: see the head of this module. SPEAR recovers the private inputs exactly,
     from the rows that stay; and nearly exclusive rows show single samples, in digits of batches of 4

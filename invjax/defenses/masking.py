@@ -135,7 +135,7 @@ def computed_mask_stage(
     spread: Callable[[PyTree, PyTree], PyTree],
     known: bool,
 ) -> Elementary:
-    """The stage of a mask that `prepare` computes of every batch; without that call nothing is zeroed.
+    """The stage of a mask that `prepare` computes of every batch.
 
     A mask is in any form, of units for instance, that `spread` turns into one of the coordinates. An
     adversary is told it, or reads it off the zeros; where later stages hide these, its law leaves out

@@ -6,8 +6,9 @@ For noise of variances `v_i`, the squared error of any attack is bounded below t
 
 * a `Sensitivity` that was computed once, of data that is not private (`population_sensitivity`). This
   is the one to use: the defence then depends on no private sample, and its law is public and exact;
-* a `Model`: the sensitivities of every batch itself, as in the authors' code, computed by `prepare`.
-  Where noise goes, or what is pruned, then tells of the batch, and no likelihood accounts for that.
+* a `Model`: the sensitivities of every batch itself, as in the authors' code, computed by `prepare`, which
+  every update needs. Where noise goes, or what is pruned, then tells of the batch, and no likelihood
+  accounts for that.
 """
 
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def optimal_noise(
       layerwise: whether a tensor has one variance, of its summed leakage and energy.
       num_probes: of a model's sensitivities; `None` for exact ones.
       known: of a model's: whether the deviations are published with the observation, the worst case.
-        Where not, the law takes the noise to be uniform. Before `prepare` was called it is.
+        Where not, the law takes the noise to be uniform.
 
     Returns:
       The defence. No privacy accounting applies to the one of a model.
@@ -208,8 +209,7 @@ def optimal_pruning(
         loses its last coordinates.
       num_probes: of a model's sensitivities; `None` for exact ones.
       known: of a model's: whether the mask is published. Where not, it is read off the zeros, or, where
-        later stages hide them, the law is that of a random mask of the same share. Before `prepare`
-        was called nothing is zeroed.
+        later stages hide them, the law is that of a random mask of the same share.
 
     Returns:
       The defence.
@@ -260,7 +260,7 @@ def optimal_rounding(
       layerwise: whether a tensor has one step.
       num_probes: of a model's sensitivities; `None` for exact ones.
       known: of a model's: whether the steps are published. Where not, the law has Gaussian noise of
-        the variance of a uniform step. Before `prepare` was called the steps are equal.
+        the variance of a uniform step.
 
     Returns:
       The defence. Where a later stage hides the grid, its law is as that of `quantize`: Gaussian noise of

@@ -204,18 +204,15 @@ def search_policies(
       ValueError: a count below one, or more images asked for than there are.
     """
     check_range(input_range)
-    for name, value in (
-        ("num_candidates", num_candidates),
-        ("num_transforms", num_transforms),
-        ("num_images", num_images),
-        ("num_accuracy_images", num_accuracy_images),
-        ("num_runs", num_runs),
-    ):
-        check_count(name, value, 1)
     size = inputs.shape[0]
-    for name, value in (("num_images", num_images), ("num_accuracy_images", num_accuracy_images)):
-        if value > size:
-            raise ValueError(f"{name} is {value}, but there are {size} images.")
+    _check_counts(
+        size,
+        num_candidates=num_candidates,
+        num_transforms=num_transforms,
+        num_images=num_images,
+        num_accuracy_images=num_accuracy_images,
+        num_runs=num_runs,
+    )
     initial_params = params if initial_params is None else initial_params
     draw_key, privacy_key, accuracy_key, score_key = jax.random.split(key, 4)
     shape = (num_candidates, num_transforms)
@@ -227,34 +224,22 @@ def search_policies(
             for one in jax.random.split(accuracy_key, num_runs)
         ]
     )
+    transforms = functools.partial(
+        augment, input_range=input_range, crop_padding=crop_padding, flip=flip, fill=fill
+    )
 
     @jax.jit
     def score(policies, params, initial_params, inputs, labels):
         def both(policy):
-            transform = functools.partial(
-                augment,
-                policy=policy,
-                input_range=input_range,
-                crop_padding=crop_padding,
-                flip=flip,
-                fill=fill,
-            )
+            transform = functools.partial(transforms, policy=policy)
+            images, classes = inputs[victims], labels[victims]
             privacy = privacy_score(
-                model,
-                params,
-                inputs[victims],
-                labels[victims],
-                transform,
-                score_key,
-                input_range=input_range,
+                model, params, images, classes, transform, score_key, input_range=input_range
             )
-
-            def run(chosen, key):
-                images, classes = inputs[chosen], labels[chosen]
-                return accuracy_score(model, initial_params, images, classes, transform, key)
-
-            accuracy = jax.vmap(run)(runs, jax.random.split(score_key, num_runs))
-            return privacy, jnp.mean(accuracy)
+            accuracy = _mean_accuracy(
+                model, initial_params, inputs, labels, runs, transform, score_key
+            )
+            return privacy, accuracy
 
         return jax.lax.map(both, policies)
 
@@ -263,3 +248,28 @@ def search_policies(
     accepted = accuracy >= threshold
     order = jnp.lexsort((privacy, ~accepted))
     return Candidates(policies[order], privacy[order], accuracy[order], accepted[order])
+
+
+def _mean_accuracy(
+    model: Model,
+    params: Params,
+    inputs: Array,
+    labels: Array,
+    runs: Array,
+    transform: Transform,
+    key: Array,
+) -> Array:
+    """S_acc, the mean over runs; `runs [R, B]` are indices of the images of each."""
+
+    def run(chosen, key):
+        return accuracy_score(model, params, inputs[chosen], labels[chosen], transform, key)
+
+    return jnp.mean(jax.vmap(run)(runs, jax.random.split(key, len(runs))))
+
+
+def _check_counts(size: int, **counts: int) -> None:
+    for name, value in counts.items():
+        check_count(name, value, 1)
+    for name in ("num_images", "num_accuracy_images"):
+        if counts[name] > size:
+            raise ValueError(f"{name} is {counts[name]}, but there are {size} images.")

@@ -24,7 +24,7 @@ def soteria(
     `s_f = sum over the batch of |d r_f / d x|_2 / (r_f + epsilon)`; the rows of the features with
     `|s_f|` under the `rate` quantile of `s` are zeroed. Biases and other layers stay as they are.
     The mask is computed by `prepare`, of the batch and the parameters that it is given (in a
-    federated round those of its beginning); without that call nothing is zeroed.
+    federated round those of its beginning), which every update needs.
 
     The mask can be read off the zero rows. Where later stages hide them and it is not published, the
     law leaves that weight out, which is the break of Balunovic et al. 2022 (`drop_layer_weights`).

@@ -43,7 +43,7 @@ def check_folder(path: pathlib.Path, overwrite: bool) -> None:
       overwrite: whether files of an earlier run may be replaced.
 
     Raises:
-      FolderError: it is no folder, it is not empty, or it cannot be written to.
+      FolderError: it is no folder or below a file, it is not empty, or it cannot be written to.
     """
     if path.exists() and not path.is_dir():
         raise FolderError(f"--out {path}: is a file, not a folder.")
@@ -52,6 +52,8 @@ def check_folder(path: pathlib.Path, overwrite: bool) -> None:
             f"--out {path}: exists and is not empty; choose another folder, or --overwrite."
         )
     parent = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not parent.is_dir():
+        raise FolderError(f"--out {path}: {parent} is a file, not a folder.")
     if not os.access(parent, os.W_OK):
         raise FolderError(f"--out {path}: {parent} cannot be written to.")
 

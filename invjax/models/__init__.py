@@ -9,6 +9,7 @@ from invjax.models.adapters import from_linen as from_linen
 from invjax.models.adapters import from_nnx as from_nnx
 from invjax.models.adapters import normalized as normalized
 from invjax.models.chain import activations as activations
+from invjax.models.layers import with_layers as with_layers
 from invjax.models.load import by_name as by_name
 from invjax.models.load import load_params as load_params
 from invjax.models.load import save_params as save_params
@@ -42,4 +43,5 @@ __all__ = [
     "reference",
     "resnet18",
     "save_params",
+    "with_layers",
 ]

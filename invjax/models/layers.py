@@ -1,9 +1,12 @@
 """A chain model seen layer by layer: what the algebraic attacks and their theory stand on."""
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from invjax.base import Array, Layer, Model, PyTree
+from invjax.base import Array, Layer, Model, Params, PyTree, check_model
 from invjax.conv import im2col_conv
 from invjax.models.chain import Spec, activations, head_start, reshape_or_pool
 
@@ -19,8 +22,62 @@ def check_layer_view(model: Model) -> None:
     Raises:
       ValueError: it has no layer view.
     """
+    check_model(model)
     if model.layers is None:
-        raise ValueError(f"The model {model.name} has no layer view.")
+        raise ValueError(
+            f"The model {model.name} has no layer view: if it is a chain of layers, "
+            "invjax.models.with_layers gives it one."
+        )
+
+
+def with_layers(
+    model: Model, layers: Callable[[PyTree], Layers], params: Params, input_shape: Sequence[int]
+) -> Model:
+    """The same model with a layer view, which exact attacks and some defences and bounds need.
+
+    Args:
+      model: a model that is a chain of layers, from any of the adapters.
+      layers: `layers(tree) -> tuple[Layer, ...]`, of parameters or a gradient, from the input to the
+        logits; a flattening is a layer, `Layer("flatten")`.
+      params: its parameters, on which the view is compared with the model.
+      input_shape: shape of one input.
+
+    Returns:
+      The model with the view.
+
+    Raises:
+      ValueError: the layers compute other logits than the model.
+
+    Example:
+      >>> import jax, invjax
+      >>> from flax import linen
+      >>> from invjax import Layer
+      >>> net = linen.Sequential([linen.Dense(16), linen.relu, linen.Dense(10)])
+      >>> model, params = invjax.models.from_linen(net, (64,))
+      >>> def layers(tree):
+      ...     first, last = tree["layers_0"], tree["layers_2"]
+      ...     return (
+      ...         Layer("dense", first["kernel"], first["bias"], "relu"),
+      ...         Layer("dense", last["kernel"], last["bias"]),
+      ...     )
+      >>> model = invjax.models.with_layers(model, layers, params, (64,))
+      >>> attack = invjax.attacks.exclusivity(model)
+    """
+    check_model(model)
+    inputs = jax.random.normal(jax.random.key(0), (4, *input_shape))
+    expected = model.apply(params, inputs)
+    try:
+        found = apply_layers(layers(params), inputs)
+        agree = found.shape == expected.shape and np.allclose(found, expected, 1e-3, 1e-4)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"layers cannot be applied to inputs of {input_shape}: {error}") from error
+    if not agree:
+        raise ValueError(f"layers must compute the logits of {model.name}, and do not.")
+    swap = model.with_convolution
+    return model._replace(
+        layers=layers,
+        with_convolution=swap and (lambda conv: swap(conv)._replace(layers=layers)),
+    )
 
 
 def layers_of(model: Model, tree: PyTree) -> Layers:

@@ -156,7 +156,7 @@ def curves(
     handles, labels = [], []
     for index, (name, line) in enumerate(list(lines.items())[:MAX_LINES]):
         mean, error = np.where(np.isfinite(line), line, np.nan)[:, order]
-        # Categories have no order: their points stand apart, and are joined only to be found.
+        # Categories have no order: their points stand apart and are not joined.
         aside = 0.06 * (index - (len(lines) - 1) / 2) if numbers is None else 0.0
         handles += [
             axis.errorbar(
@@ -166,8 +166,8 @@ def curves(
                 color=COLOURS[index],
                 marker=MARKERS[index],
                 markersize=5,
-                linestyle=":" if numbers is None else "-",
-                linewidth=1 if numbers is None else 1.5,
+                linestyle="none" if numbers is None else "-",
+                linewidth=1.5,
                 capsize=3,
             )
         ]

@@ -160,18 +160,30 @@ def _lead(cells: Sequence[Cell], done: int, planned: int, damaged: int) -> str:
         text += f" {reasons.total()} left out: {'; '.join(told)}."
     elif cells:
         text += " None left out."
-    ranked = sorted((c for c in cells if not np.isnan(c.median)), key=lambda c: c.median)
+    known = [cell for cell in cells if not np.isnan(cell.median)]
+    ranked = sorted(_strongest(known), key=lambda c: c.median)
     if len(ranked) > 1:
         ends = (("Best defended", ranked[0]), ("most exposed", ranked[-1]))
         told = [f"{what}: {c.label} (median PSNR {c.median:.1f} dB)" for what, c in ends]
-        text += f" {'; '.join(told)}."
+        text += f" Against the strongest attack of each setting: {'; '.join(told)}."
     elif ranked:
         text += f" Median PSNR {ranked[0].median:.1f} dB."
-    if len(ranked) < len(cells):
-        text += f" Nothing came back in {_count(len(cells) - len(ranked), 'cell')}, not ranked."
+    if len(known) < len(cells):
+        text += f" Nothing came back in {_count(len(cells) - len(known), 'cell')}, not ranked."
     if damaged:
         text += f" {_count(damaged, 'file')} could not be read: see Left out."
     return f"<p class=lead>{html.escape(text)}</p>"
+
+
+def _strongest(cells: Sequence[Cell]) -> list[Cell]:
+    """Of the cells that differ in their attack alone the one with the highest median."""
+    found: dict[tuple, Cell] = {}
+    for cell in cells:
+        setting = tuple(str(cell.rows[0].get(axis)) for axis in AXES if axis != "attack")
+        best = found.get(setting)
+        if best is None or cell.median > best.median:
+            found[setting] = cell
+    return list(found.values())
 
 
 def _constants(values: Mapping[str, Sequence[Any]]) -> str:

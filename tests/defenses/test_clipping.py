@@ -164,6 +164,15 @@ def test_zero_gradients_clip_without_nan():
         assert jnp.isfinite(gradient["a"]).all()
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_clips_to_the_radius(dtype):
+    # The squares of these overflow in half precision.
+    samples = {"a": jnp.full((1, 200), 300.0, dtype)}
+    sent = run(clip_per_sample(1.0), samples)["a"]
+    assert sent.dtype == dtype
+    np.testing.assert_allclose(np.linalg.norm(np.float64(sent)), 1.0, rtol=1e-2)
+
+
 @pytest.mark.parametrize("radius", [0.0, -1.0, float("nan"), "1", None, [1.0]])
 @pytest.mark.parametrize("clip", [clip_per_sample, global_clip])
 def test_radius_is_validated(clip, radius):
@@ -183,6 +192,13 @@ def test_refuses_what_is_not_per_sample(problem):
     square = {"a": jnp.zeros((3, 3))}
     with pytest.raises(ValueError, match=r"needs a gradient of shape \[B"):
         run(defense, square, square)
+
+
+def test_refuses_per_sample_gradients_where_the_mean_is_meant():
+    samples, params = {"a": jnp.zeros((4, 3))}, {"a": jnp.zeros(3)}
+    for defense in (global_clip(1.0), gaussian_noise(0.1)):
+        with pytest.raises(ValueError, match="gradient of the parameters' shapes"):
+            run(defense, samples, params)
 
 
 def test_per_sample_stages_come_first():

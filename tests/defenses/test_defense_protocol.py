@@ -16,6 +16,7 @@ import pytest
 
 from invjax import Defense, defenses
 from invjax.defenses import parse
+from invjax.defenses.base import Prepared
 
 # Every constructor, and what it is at strength zero (where it has that).
 ROWS = {
@@ -57,11 +58,17 @@ def gradient_for(defense, tree=PARAMS):
     return jax.tree.map(lambda leaf: jnp.stack([2.5 * leaf, 0.3 * leaf, 0.2 * leaf]), tree)
 
 
+def ready(defense, state):
+    """A state that may be updated with, of a defence that would have to see a batch too."""
+    sees_batch = any(stage.prepare is not None for stage in defense.stages)
+    return Prepared(state) if sees_batch else state
+
+
 def send(defense, key, gradient):
     """Two steps: what is sent at each, and what the adversary makes of the second."""
-    state = defense.init_with_key(key, PARAMS)
+    state = ready(defense, defense.init_with_key(key, PARAMS))
     first, state = defense.update(gradient, state, PARAMS)
-    second, after = defense.update(gradient, state, PARAMS)
+    second, after = defense.update(gradient, ready(defense, state), PARAMS)
     return first, second, defense.log_likelihood(second, gradient, defense.public(after))
 
 
@@ -88,8 +95,9 @@ def test_it_is_an_optax_transformation(text):
     assert (init, update) == (defense.init, defense.update) and len(defense) == 2
     # Optax passes on whatever the other members of a chain want.
     gradient = gradient_for(defense)
-    plain, _ = update(gradient, init(PARAMS))
-    extra, _ = update(gradient, init(PARAMS), PARAMS, value=jnp.zeros(()), anything=None)
+    state = ready(defense, init(PARAMS))
+    plain, _ = update(gradient, state)
+    extra, _ = update(gradient, state, PARAMS, value=jnp.zeros(()), anything=None)
     chex.assert_trees_all_equal(plain, extra)
 
 
@@ -103,6 +111,7 @@ def test_a_chain_with_sgd_steps_by_what_is_sent(text):
     @jax.jit
     @chex.assert_max_traces(n=1)
     def step(params, state):
+        state = (ready(defense, state[0]), *state[1:])
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -141,7 +150,7 @@ def test_it_keeps_structure_shapes_and_dtypes(text):
     params = {**PARAMS, "b": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS["b"])}
     for tree in (PARAMS, params):
         gradient = gradient_for(defense, tree)
-        observed, _ = defense.update(gradient, defense.init(tree), tree)
+        observed, _ = defense.update(gradient, ready(defense, defense.init(tree)), tree)
         chex.assert_trees_all_equal_shapes_and_dtypes(observed, tree)
         chex.assert_tree_all_finite(observed)
 
@@ -174,7 +183,7 @@ def test_no_key_is_used_twice(text):
         compiled(jax.random.key(4))
         # The default key of `init` may serve any number of times.
         for _ in range(2):
-            state = defense.init(PARAMS)
+            state = ready(defense, defense.init(PARAMS))
             defense.update(gradient, state, PARAMS)
 
 
@@ -196,7 +205,7 @@ def test_slopes_of_the_log_likelihood_are_finite(text, tree):
     gradient = gradient_for(defense, tree)
 
     def slopes(key):
-        state = defense.init_with_key(key, PARAMS)
+        state = ready(defense, defense.init_with_key(key, PARAMS))
         observed, _ = defense.update(gradient, state, PARAMS)
         return jax.grad(lambda c: defense.log_likelihood(observed, c, defense.public(state)))(
             gradient

@@ -391,3 +391,14 @@ def test_mean_of_laplace_noise_has_no_law():
     one = {"a": jnp.ones((1, 3))}
     expected = defense.log_likelihood({"a": jnp.zeros(3)}, {"a": jnp.ones(3)})
     assert early.log_likelihood({"a": jnp.zeros(3)}, one) == expected
+
+
+def test_a_likelihood_of_half_precision_is_summed_in_single():
+    tree = {"a": jnp.linspace(-1.0, 1.0, 4096)}
+    near = {"a": tree["a"].at[0].add(0.5)}
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
+    other = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), near)
+    defense = parse("gaussian(0.01)")
+    gap = defense.log_likelihood(half, half) - defense.log_likelihood(half, other)
+    assert gap.dtype == jnp.float32
+    np.testing.assert_allclose(gap, 0.5**2 / 2e-4, rtol=1e-2)

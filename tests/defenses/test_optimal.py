@@ -17,6 +17,7 @@ import invjax
 from invjax import datasets, models
 from invjax.base import Batch, Defense
 from invjax.defenses import chain, gaussian_noise, global_clip
+from invjax.defenses.base import Prepared
 from invjax.defenses.optimal import (
     optimal_clipped_noise,
     optimal_noise,
@@ -97,12 +98,18 @@ class Sent(NamedTuple):
     slopes: Any
 
 
+def ready(defense, state):
+    """A state that may be updated with, of a defence that would have to see a batch too."""
+    return Prepared(state) if defense.stages[0].prepare is not None else state
+
+
 def send(defense, key, batch) -> Sent:
     state = defense.init_with_key(key, PARAMS)
     batch, state = defense.prepare(batch, state, PARAMS)
     gradient = jax.grad(MODEL.loss)(PARAMS, batch)
     first, state = defense.update(gradient, state, PARAMS)
-    second, after = defense.update(gradient, state, PARAMS)
+    # The same batch once more.
+    second, after = defense.update(gradient, ready(defense, state), PARAMS)
     public = defense.public(after)
     score, slopes = jax.value_and_grad(
         lambda candidate: defense.log_likelihood(second, candidate, public)
@@ -240,7 +247,7 @@ def test_noise_has_the_law_that_its_likelihood_says(per_batch):
     @jax.vmap
     def run(key):
         (part,) = state
-        out, _ = defense.update(gradient, (part._replace(key=key),))
+        out, _ = defense.update(gradient, ready(defense, (part._replace(key=key),)))
         return out, defense.log_likelihood(out, gradient, defense.public(state))
 
     drawn, scores = run(jax.random.split(jax.random.key(1), 3000))
@@ -302,7 +309,7 @@ def test_rounding_is_to_its_own_grid_within_half_a_step(per_batch):
     np.testing.assert_allclose(flat(law.location), out, atol=1e-6)
     # A factor hides the grid, and is replayed with the rounding.
     clipped = chain(defense, global_clip(0.1))
-    state = clipped.init(PARAMS)
+    state = ready(defense, clipped.init(PARAMS))
     third, _ = clipped.update(gradient, state)
     law = clipped.law(third, gradient, clipped.public(state))
     assert law.rounding is None
@@ -405,14 +412,15 @@ def test_it_is_an_optax_transformation_that_keeps_shapes_and_dtypes(name, per_ba
     assert isinstance(defense, Defense) and len(defense) == 2
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
     for tree in (PARAMS, params):
-        out, _ = defense.update(tree, defense.init(tree), tree)
+        out, _ = defense.update(tree, ready(defense, defense.init(tree)), tree)
         chex.assert_trees_all_equal_shapes_and_dtypes(out, tree)
         chex.assert_tree_all_finite(out)
     optimizer = optax.chain(defense, optax.sgd(0.5))
     state = optimizer.init(PARAMS)
-    updates, after = optimizer.update(PARAMS, state, PARAMS, value=0.0)
+    prepared = (ready(defense, state[0]), *state[1:])
+    updates, after = optimizer.update(PARAMS, prepared, PARAMS, value=0.0)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
-    plain, _ = defense.update(PARAMS, defense.init(PARAMS))
+    plain, _ = defense.update(PARAMS, ready(defense, defense.init(PARAMS)))
     chex.assert_trees_all_close(updates, jax.tree.map(lambda leaf: -0.5 * leaf, plain), atol=1e-6)
 
 
@@ -421,9 +429,9 @@ def test_strength_zero_is_the_identity(name, per_batch):
     _, zero, make = MAKERS[name]
     defense = make(source(per_batch), *zero)
     gradient, state = sent("noise", True).gradient, defense.init(PARAMS)
-    batch, state = defense.prepare(draw(), state, PARAMS)
-    chex.assert_trees_all_equal(batch, draw())
     for _ in range(2):
+        batch, state = defense.prepare(draw(), state, PARAMS)
+        chex.assert_trees_all_equal(batch, draw())
         out, state = defense.update(gradient, state, PARAMS)
         chex.assert_trees_all_equal(out, gradient)
     assert defense.public(state) == (None,)
@@ -432,15 +440,17 @@ def test_strength_zero_is_the_identity(name, per_batch):
 
 
 @pytest.mark.parametrize("name", ["clipped", "pruning"])
-def test_before_the_batch_is_seen_it_is_the_plain_defence(name):
+def test_it_must_see_the_batch(name):
     defense = MAKERS[name][0](MODEL, num_probes=None)
     state = defense.init(PARAMS)
+    with pytest.raises(ValueError, match="must see the batch before every update"):
+        defense.update(PARAMS, state, PARAMS)
     (plan,) = (part.plan for part in state)
     start = {"noise": 0.1, "clipped": 0.02, "pruning": 1, "rounding": 0.1}[name]
     np.testing.assert_allclose(flat(plan), start, rtol=1e-6)
     batch, after = defense.prepare(draw(), state, PARAMS)
     chex.assert_trees_all_equal(batch, draw())
-    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(tuple(after), state)
     assert not np.allclose(flat(after[0].plan), start)
 
 

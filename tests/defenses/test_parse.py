@@ -47,6 +47,7 @@ def test_none_is_no_defense():
     gradient = {"a": jnp.arange(3.0)}
     assert defense.update(gradient, defense.init(gradient))[0]["a"] is not None
     assert defense.name == "none"
+    assert parse("none,clip(1.0),none").name == "clip_per_sample(1.0)"
 
 
 def test_unknown_names_list_the_known_and_the_nearest():

@@ -158,9 +158,10 @@ def test_it_compiles_and_vectorises():
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
     together = jax.jit(jax.vmap(see, (0, None)))(victims, jnp.float32(0.5)).gradient
     chex.assert_trees_all_close(together, stacked, atol=1e-6)
-    # Nothing was prepared, or nothing is to be zeroed.
     plain = gradient_of(model, params, batch)
-    chex.assert_trees_all_equal(defense.update(plain, defense.init(params), params)[0], plain)
+    with pytest.raises(ValueError, match=r"soteria\(.*\) must see the batch before every update"):
+        defense.update(plain, defense.init(params), params)
+    # Nothing is to be zeroed.
     off = observed(soteria(model, 0.0), model, params, batch).gradient
     chex.assert_trees_all_close(off, plain, atol=1e-7)
 

@@ -106,6 +106,8 @@ def test_check_folder_passes_what_can_be_written(old, tmp_path):
 def test_check_folder_refuses_a_file(old, overwrite):
     with pytest.raises(store.FolderError, match=r"mine\.txt: is a file"):
         store.check_folder(old / "mine.txt", overwrite)
+    with pytest.raises(store.FolderError, match=r"mine\.txt is a file, not a folder"):
+        store.check_folder(old / "mine.txt" / "below", overwrite)
 
 
 def test_check_folder_refuses_what_is_not_empty(old):

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen
 
 import invjax
-from invjax import models
+from invjax import conv, models
 from invjax.models import layers
 from invjax.models.chain import Spec, chain_model
 
@@ -62,3 +63,32 @@ def test_what_is_no_dense_relu_network(model, message):
     params = model.init(jax.random.key(0), (2, 2, 1))
     with pytest.raises(ValueError, match=message):
         layers.dense_layers(model, params)
+
+
+def test_a_view_of_ones_own_model_is_compared_with_it():
+    net = linen.Sequential([linen.Dense(16), linen.relu, linen.Dense(10)])
+    model, params = models.from_linen(net, (64,))
+
+    def view(activation):
+        def layers(tree):
+            first, last = tree["layers_0"], tree["layers_2"]
+            return (
+                invjax.Layer("dense", first["kernel"], first["bias"], activation),
+                invjax.Layer("dense", last["kernel"], last["bias"]),
+            )
+
+        return layers
+
+    with pytest.raises(ValueError, match=r"Sequential has no layer view: .*with_layers"):
+        invjax.attacks.bias_trick(model)
+    with pytest.raises(ValueError, match="layers must compute the logits of Sequential"):
+        models.with_layers(model, view("tanh"), params, (64,))
+    with pytest.raises(ValueError, match="layers cannot be applied"):
+        models.with_layers(model, lambda tree: view("relu")(tree)[::-1], params, (64,))
+    seeing = models.with_layers(model, view("relu"), params, (64,))
+    batch = invjax.Batch(jax.random.uniform(jax.random.key(1), (1, 64)), jnp.array([3]))
+    seen = invjax.observe(jax.random.key(2), seeing, params, batch)
+    found = invjax.attacks.bias_trick(seeing)(jax.random.key(3), seen)
+    np.testing.assert_allclose(found.inputs, batch.inputs, atol=1e-5)
+    # Attacks that swap convolutions keep the view.
+    assert conv.for_matching(seeing, "cpu").layers is seeing.layers

@@ -90,7 +90,7 @@ def test_by_name_knows_both_lists():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: reference("cnn2_c3"), "Did you mean 'cnn4_c3'"),
+        (lambda: reference("cnn2_c3"), "Did you mean 'cnn._c.'"),
         (lambda: reference("cnn2_c1", activation="tan"), "activation must be one of"),
         (lambda: reference("cnn2_c1", init="zero"), "init must be one of"),
         (lambda: reference("cnn6", activation="relu"), "cnn6 takes no activation"),

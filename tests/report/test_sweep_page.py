@@ -158,6 +158,10 @@ def test_the_lead_names_the_ends_and_what_is_missing(drawn):
     text = Parsed(make(rows, planned=9)).text
     assert "3 of 9 samples so far, over 3 cells. None left out." in text
     assert "Best defended: b (median PSNR 8.0 dB); most exposed: c (median PSNR 40.0 dB)." in text
+    # An attack that fails where another succeeds says nothing good of a defence.
+    weak = row(1.0, cell="weak", defense="c", attack="weak")
+    text = Parsed(make([*rows, weak])).text
+    assert "Best defended: b, dlg (median PSNR 8.0 dB); most exposed: c, dlg (median" in text
     text = Parsed(make(rows, problems=["block 3: truncated"])).text
     assert "3 of 3 samples, over 3 cells" in text and "so far" not in text
     assert "1 file could not be read" in text and "block 3: truncated" in text

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from invjax.attacks import labels as label_recovery
 from invjax.base import Array, Attack, Model, Observation, PyTree, Reconstruction, closed_form
+from invjax.models.layers import check_layer_view, layers_of
 from invjax.observe import check_observation, check_sgd
 
 First = Callable[[PyTree], tuple[Array, Array]]
@@ -56,9 +57,8 @@ def bias_trick(model: Model | None = None, *, first: First | None = None) -> Att
         find = first
     elif model is None:
         raise ValueError("Give bias_trick a model or first=, to find the first layer with.")
-    elif model.layers is None:
-        raise ValueError(f"The model {model.name} has no layer view: give first=.")
     else:
+        check_layer_view(model)
         find = functools.partial(first_dense, model)
 
     def check(observation: Observation) -> None:
@@ -122,9 +122,7 @@ def first_dense(model: Model, tree: PyTree) -> tuple[Array, Array]:
     Raises:
       ValueError: no layer view, another layer comes first, the layer has no bias, or there is none.
     """
-    if model.layers is None:
-        raise ValueError(f"The model {model.name} has no layer view.")
-    for layer in model.layers(tree):
+    for layer in layers_of(model, tree):
         if layer.kind == "flatten" and layer.activation == "identity":
             continue
         if layer.kind != "dense" or layer.weight is None or layer.bias is None:

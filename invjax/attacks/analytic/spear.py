@@ -8,14 +8,12 @@ from invjax.attacks.analytic.checks import check_one_step
 from invjax.attacks.analytic.spear_steps import (
     Problem,
     Search,
-    choose,
+    advance,
     disagreements,
-    draw,
     factorize,
-    keep,
     number_of_blocks,
-    refine,
     share_wrong,
+    start,
     unmixed,
 )
 from invjax.base import Array, Attack, Model, Observation, Reconstruction
@@ -84,66 +82,24 @@ def spear(
     if tolerance is not None:
         check_number("tolerance", tolerance, 0.0, 1.0, open_low=True)
 
-    def size_of(observation: Observation) -> int:
-        known = observation.facts.batch_size
-        size = batch_size if known is None else known
-        if size is None:
-            raise ValueError(
-                "The observation does not tell its batch size: give spear batch_size=, for instance "
-                "by batch_size_by_rank."
-            )
-        if batch_size not in (None, size):
-            raise ValueError(f"The observation's batch_size is {known}, spear's is {batch_size}.")
-        return size
-
     def check(observation: Observation) -> None:
         check_observation(model, observation)
         check_one_step(observation, "spear")
-        first, *others = dense_layers(model, observation.params)
-        assert first.weight is not None
-        if first.bias is None:
-            raise ValueError(f"spear needs a bias in the first layer of {model.name}.")
-        if not others:
-            raise ValueError(f"spear needs a hidden layer with ReLU, {model.name} has none.")
-        samples = size_of(observation)
-        if samples > min(first.weight.shape):
-            raise ValueError(
-                f"spear reads at most as many samples as the first layer has inputs and units, "
-                f"{first.weight.shape}; got a batch of {samples}."
-            )
-
-    def allowed(problem: Problem) -> float:
-        double = problem.left.dtype == jnp.float64
-        return (1e-9 if double else 1e-5) if tolerance is None else tolerance
+        _check_layers(model, observation, batch_size)
 
     def init(key: Array, observation: Observation) -> Search:
         with jax.default_matmul_precision("highest"):
-            problem = factorize(model, observation, size_of(observation))
-        units, samples = problem.left.shape
-        kept = 4 * samples
-        return Search(
-            problem,
-            key,
-            directions=jnp.zeros((kept, samples), problem.left.dtype),
-            zeros=jnp.full(kept, -1),
-            chosen=jnp.eye(samples, dtype=problem.left.dtype),
-            wrong=jnp.asarray(units * samples + 1),
-            step=jnp.asarray(0),
-        )
+            return start(key, factorize(model, observation, _size_of(observation, batch_size)))
 
     def step(observation: Observation, search: Search) -> Search:
         del observation
         with jax.default_matmul_precision("highest"):
-            key, draw_key = jax.random.split(search.key)
-            zero = allowed(search.problem)
-            found = draw(draw_key, search.problem, search.directions, draws, sparsity, zero)
-            directions, zeros = refine(search.problem, found, sparsity, zero)
-            search = keep(search._replace(key=key), directions, zeros)
-            return choose(search, zero)._replace(step=search.step + 1)
+            return advance(search, draws, sparsity, _allowed(search.problem, tolerance))
 
     def result(observation: Observation, search: Search) -> Reconstruction:
         with jax.default_matmul_precision("highest"):
-            inputs, labels, found = read(model, observation, search, allowed(search.problem))
+            zero = _allowed(search.problem, tolerance)
+            inputs, labels, found = read(model, observation, search, zero)
         units, samples = search.problem.left.shape
         return Reconstruction(
             inputs=inputs.reshape((samples, *observation.facts.input_shape)),
@@ -165,6 +121,41 @@ def spear(
         objective=share_wrong,
         check=check,
     )
+
+
+def _size_of(observation: Observation, given: int | None) -> int:
+    known = observation.facts.batch_size
+    size = given if known is None else known
+    if size is None:
+        raise ValueError(
+            "The observation does not tell its batch size: give spear batch_size=, for instance "
+            "by batch_size_by_rank."
+        )
+    if given not in (None, size):
+        raise ValueError(f"The observation's batch_size is {known}, spear's is {given}.")
+    return size
+
+
+def _check_layers(model: Model, observation: Observation, given: int | None) -> None:
+    """Refuse layers that spear cannot read, or a batch too large for them."""
+    first, *others = dense_layers(model, observation.params)
+    assert first.weight is not None
+    if first.bias is None:
+        raise ValueError(f"spear needs a bias in the first layer of {model.name}.")
+    if not others:
+        raise ValueError(f"spear needs a hidden layer with ReLU, {model.name} has none.")
+    samples = _size_of(observation, given)
+    if samples > min(first.weight.shape):
+        raise ValueError(
+            f"spear reads at most as many samples as the first layer has inputs and units, "
+            f"{first.weight.shape}; got a batch of {samples}."
+        )
+
+
+def _allowed(problem: Problem, tolerance: float | None) -> float:
+    """Below which an entry is zero."""
+    double = problem.left.dtype == jnp.float64
+    return (1e-9 if double else 1e-5) if tolerance is None else tolerance
 
 
 def batch_size_by_rank(

@@ -81,6 +81,30 @@ def factorize(model: Model, observation: Observation, samples: int) -> Problem:
     )
 
 
+def start(key: Array, problem: Problem) -> Search:
+    """A search that has found nothing yet."""
+    units, samples = problem.left.shape
+    kept = 4 * samples
+    return Search(
+        problem,
+        key,
+        directions=jnp.zeros((kept, samples), problem.left.dtype),
+        zeros=jnp.full(kept, -1),
+        chosen=jnp.eye(samples, dtype=problem.left.dtype),
+        wrong=jnp.asarray(units * samples + 1),
+        step=jnp.asarray(0),
+    )
+
+
+def advance(search: Search, draws: int, sparsity: float, zero: float) -> Search:
+    """One step: draw, refine, keep, choose."""
+    key, draw_key = jax.random.split(search.key)
+    found = draw(draw_key, search.problem, search.directions, draws, sparsity, zero)
+    directions, zeros = refine(search.problem, found, sparsity, zero)
+    search = keep(search._replace(key=key), directions, zeros)
+    return choose(search, zero)._replace(step=search.step + 1)
+
+
 def tested_units(units: int) -> int:
     """How many units a step keeps for the first test."""
     return min(_TEST_UNITS, units // 4)

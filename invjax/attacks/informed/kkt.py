@@ -12,6 +12,7 @@ solves that for samples and multipliers. The three variants differ in what is co
   every stationary point with `l_ik = -(d loss_i / d Phi_k) / (n wd)` (Buzaglo et al. 2023).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -276,85 +277,111 @@ def kkt(
     check_choice("optimizer", optimizer, ("sgd", "adam"))
     check_number("learning_rate", learning_rate, 0.0)
     check_number("multiplier_rate", multiplier_rate, 0.0)
-    rates = {"inputs": learning_rate, "multipliers": multiplier_rate}
     check_number("scale", scale, 0.0, open_low=True)
-    apply = model.apply if alpha is None else smoothed(model, alpha)
-    transform = optax.partition(
-        {
-            name: optax.adam(rate) if optimizer == "adam" else optax.sgd(rate, momentum=0.9)
-            for name, rate in rates.items()
-        },
-        {name: name for name in rates},
+    settings = _Settings(
+        model=model,
+        apply=model.apply if alpha is None else smoothed(model, alpha),
+        variant=variant,
+        num_images=num_images,
+        transform=_transform(optimizer, inputs=learning_rate, multipliers=multiplier_rate),
+        scale=scale,
+        least_multiplier=least_multiplier,
+    )
+    return Attack(
+        functools.partial(_init, settings),
+        functools.partial(_step, settings),
+        functools.partial(_result, settings),
+        num_steps,
+        objective=lambda state: state.value,
+        check=functools.partial(_check, settings),
     )
 
-    def loss(variables, labels, observation: Observation) -> Array:
-        inputs, multipliers = variables["inputs"], variables["multipliers"]
-        params = observation.params
-        found = combination(apply, params, inputs, labels, multipliers / num_images, variant)
-        value = optax.tree.norm(optax.tree.sub(params, found), squared=True)
-        low, high = input_bounds(observation, inputs.dtype, inputs.ndim)
-        outside = jax.nn.relu(inputs - high) + jax.nn.relu(low - inputs)
-        value += jnp.sum(jnp.square(outside))
-        if variant == "decay":
-            return value
-        return value + 5 * jnp.sum(jnp.square(jax.nn.relu(least_multiplier - multipliers)))
 
-    def fixed_labels(observation: Observation) -> Array:
-        if observation.labels is not None:
-            return observation.labels
-        return jnp.arange(num_images) % max(model.num_classes, 2)
+class _Settings(NamedTuple):
+    """The settings of `kkt`, for its parts."""
 
-    def attack_check(observation: Observation) -> None:
-        check_params(model, observation.params, observation.facts.input_shape)
-        if observation.labels is not None and observation.labels.shape != (num_images,):
-            raise ValueError(
-                f"The observation's labels must be of {num_images} images, got "
-                f"{observation.labels.shape}."
-            )
+    model: Model
+    apply: Apply
+    variant: Variant
+    num_images: int
+    transform: optax.GradientTransformation
+    scale: float
+    least_multiplier: float
 
-    def init(key: Array, observation: Observation) -> State:
-        inputs_key, multipliers_key = jax.random.split(key)
-        dtype = jax.tree.leaves(observation.params)[0].dtype
-        shape = (num_images, *observation.facts.input_shape)
-        if variant == "decay":
-            size = (num_images, model.num_classes)
-            multipliers = jax.random.normal(multipliers_key, size, dtype)
-        else:
-            multipliers = jax.random.uniform(multipliers_key, (num_images,), dtype)
-        inputs = scale * jax.random.normal(inputs_key, shape, dtype)
-        variables = {"inputs": inputs, "multipliers": multipliers}
-        labels = fixed_labels(observation)
-        value = loss(variables, labels, observation)
-        return State(variables, transform.init(variables), labels, value)
 
-    def step(observation: Observation, state: State) -> State:
-        value, slope = jax.value_and_grad(loss)(state.variables, state.labels, observation)
-        updates, inner = transform.update(slope, state.optimizer, state.variables)
-        variables: Any = optax.apply_updates(state.variables, updates)
-        return State(variables, inner, state.labels, value)
+def _transform(optimizer: str, **rates: float) -> optax.GradientTransformation:
+    """The optimizer, with a rate for every variable."""
+    make = optax.adam if optimizer == "adam" else functools.partial(optax.sgd, momentum=0.9)
+    return optax.partition(
+        {name: make(rate) for name, rate in rates.items()}, {name: name for name in rates}
+    )
 
-    def result(observation: Observation, state: State) -> Reconstruction:
-        inputs = state.variables["inputs"]
-        value = loss(state.variables, state.labels, observation)
-        labels = state.labels
-        if variant == "decay":
-            logits = model.apply(observation.params, inputs)
-            single = model.num_classes == 1
-            labels = (logits[:, 0] > 0).astype(int) if single else logits.argmax(1)
-        finite = jnp.isfinite(inputs).all(axis=tuple(range(1, inputs.ndim)))
-        return Reconstruction(
-            inputs=inputs,
-            labels=labels,
-            found=finite & jnp.isfinite(value),
-            objective=value,
-            diagnostics={
-                "multipliers": state.variables["multipliers"] / num_images,
-                "loss": value,
-            },
+
+def _check(settings: _Settings, observation: Observation) -> None:
+    check_params(settings.model, observation.params, observation.facts.input_shape)
+    if observation.labels is not None and observation.labels.shape != (settings.num_images,):
+        raise ValueError(
+            f"The observation's labels must be of {settings.num_images} images, got "
+            f"{observation.labels.shape}."
         )
 
-    return Attack(
-        init, step, result, num_steps, objective=lambda state: state.value, check=attack_check
+
+def _loss(settings: _Settings, variables, labels: Array, observation: Observation) -> Array:
+    inputs, multipliers = variables["inputs"], variables["multipliers"]
+    params, shares = observation.params, multipliers / settings.num_images
+    found = combination(settings.apply, params, inputs, labels, shares, settings.variant)
+    value = optax.tree.norm(optax.tree.sub(params, found), squared=True)
+    low, high = input_bounds(observation, inputs.dtype, inputs.ndim)
+    outside = jax.nn.relu(inputs - high) + jax.nn.relu(low - inputs)
+    value += jnp.sum(jnp.square(outside))
+    if settings.variant == "decay":
+        return value
+    return value + 5 * jnp.sum(jnp.square(jax.nn.relu(settings.least_multiplier - multipliers)))
+
+
+def _init(settings: _Settings, key: Array, observation: Observation) -> State:
+    inputs_key, multipliers_key = jax.random.split(key)
+    dtype = jax.tree.leaves(observation.params)[0].dtype
+    shape = (settings.num_images, *observation.facts.input_shape)
+    if settings.variant == "decay":
+        size = (settings.num_images, settings.model.num_classes)
+        multipliers = jax.random.normal(multipliers_key, size, dtype)
+    else:
+        multipliers = jax.random.uniform(multipliers_key, (settings.num_images,), dtype)
+    inputs = settings.scale * jax.random.normal(inputs_key, shape, dtype)
+    variables = {"inputs": inputs, "multipliers": multipliers}
+    labels = observation.labels
+    if labels is None:
+        labels = jnp.arange(settings.num_images) % max(settings.model.num_classes, 2)
+    value = _loss(settings, variables, labels, observation)
+    return State(variables, settings.transform.init(variables), labels, value)
+
+
+def _step(settings: _Settings, observation: Observation, state: State) -> State:
+    loss = functools.partial(_loss, settings)
+    value, slope = jax.value_and_grad(loss)(state.variables, state.labels, observation)
+    updates, inner = settings.transform.update(slope, state.optimizer, state.variables)
+    variables: Any = optax.apply_updates(state.variables, updates)
+    return State(variables, inner, state.labels, value)
+
+
+def _result(settings: _Settings, observation: Observation, state: State) -> Reconstruction:
+    inputs, labels = state.variables["inputs"], state.labels
+    value = _loss(settings, state.variables, labels, observation)
+    if settings.variant == "decay":
+        logits = settings.model.apply(observation.params, inputs)
+        single = settings.model.num_classes == 1
+        labels = (logits[:, 0] > 0).astype(int) if single else logits.argmax(1)
+    finite = jnp.isfinite(inputs).all(axis=tuple(range(1, inputs.ndim)))
+    return Reconstruction(
+        inputs=inputs,
+        labels=labels,
+        found=finite & jnp.isfinite(value),
+        objective=value,
+        diagnostics={
+            "multipliers": state.variables["multipliers"] / settings.num_images,
+            "loss": value,
+        },
     )
 
 

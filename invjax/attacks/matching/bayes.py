@@ -14,11 +14,13 @@ from invjax.attacks.matching.loop import Labels, gradient_matching, normal
 from invjax.attacks.matching.presets import cosine_adam
 from invjax.base import Array, Attack, Batch, Defense, Model, Observation, PyTree
 from invjax.checks import check_count, check_number
+from invjax.defenses import chain
+from invjax.observe import check_sgd
 
 
 def bayes(
     model: Model,
-    defense: Defense,
+    defense: Defense | None,
     prior: priors.Prior | None = None,
     *,
     mode: Literal["map"] | Mode = "map",
@@ -47,7 +49,7 @@ def bayes(
 
     Args:
       model: the model.
-      defense: the client's defence; its likelihood is the data term.
+      defense: the client's defence; its likelihood is the data term. `None` is no defence.
       prior: on the inputs; uniform by default. A density's weight is 1.
       mode: `map`, `jensen` or `exact_mc`.
       delta: radius of the ball, in the L2 norm over the batch of inputs; of no use in mode `map`.
@@ -80,11 +82,12 @@ def bayes(
         local = observation.facts.local
         if local is None:
             return gradient
+        check_sgd(observation)
         return optax.tree.scale(local.num_steps * local.learning_rate, gradient)
 
     named = {"constant": None, "paper": annealed(num_steps)}
     settings: dict[str, Any] = {
-        "objective": objectives.matched(defense),
+        "objective": objectives.matched(chain() if defense is None else defense),
         "optimizer": cosine_adam(learning_rate, num_steps),
         "constraint": priors.project_to_box,
         "initializer": normal(),

@@ -6,16 +6,17 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from invjax import gradients, metrics
 from invjax.attacks.matching import objectives, priors
 from invjax.attacks.matching.loop import Initializer, Labels, gradient_matching, normal
 from invjax.attacks.matching.presets import decayed, smoothness
-from invjax.base import Array, Attack, Batch, LocalTraining, Model, Observation, Params, PyTree
+from invjax.attacks.matching.simulation import by_epoch, simulate_shares
+from invjax.attacks.matching.simulation import simulate as simulate
+from invjax.base import Array, Attack, LocalTraining, Model, Observation, PyTree
 from invjax.checks import check_choice, check_number, equals
-from invjax.observe import per_step_gradient
+from invjax.observe import check_sgd, per_step_gradient
 
 Copies = Literal["per_epoch", "shared"]
 Orders = Literal["fixed", "learned"]
@@ -24,62 +25,6 @@ Distance = Literal["l2", "l1"]
 
 _AGGREGATES = {"mean": jnp.mean, "max": jnp.max}
 _DISTANCES = {"l2": jnp.square, "l1": gradients.absolute}
-# Unrolled, a simulation runs twice as fast on CPU; its compilation grows with its steps.
-_UNROLLED = 16
-
-
-def simulate(
-    model: Model, params: Params, batch: Batch, local: LocalTraining, orders: Array | None = None
-) -> Params:
-    """`start - end` of local SGD, differentiable in inputs and soft labels (Dimitrov et al. 2022).
-
-    `gradients.federated_update` with given orders, and with samples that may differ between epochs.
-
-    Args:
-      model: the model.
-      params: the parameters that the server sent.
-      batch: inputs `[N, ...]`, or `[E N, ...]`: a copy for every epoch, one after another; labels
-        `[N]` or `[N, C]`.
-      local: the round's public facts.
-      orders: `[E, N]`: every epoch's samples in the order of its visits, a permutation of 0 to `N - 1`
-        each; rising where `None`.
-
-    Returns:
-      The update, a tree like `params`.
-
-    Raises:
-      ValueError: inputs or orders that do not fit the local training; traced orders that are no
-        permutations pass.
-    """
-    epochs, size, small = local.epochs, local.num_samples, local.batch_size
-    if batch.inputs.shape[0] not in (size, epochs * size):
-        raise ValueError(
-            f"batch.inputs must hold local.num_samples = {size} samples, or a copy for each of "
-            f"{epochs} epochs, got {batch.inputs.shape[0]}."
-        )
-    if orders is None:
-        orders = jnp.tile(jnp.arange(size), (epochs, 1))
-    else:
-        _check_orders(orders, epochs, size)
-        orders = jnp.asarray(orders)
-    copies = _by_epoch(batch.inputs, epochs) if batch.inputs.shape[0] > size else None
-    unroll = local.num_steps <= _UNROLLED
-    count, whole = size // small, size // small * small
-
-    def step(params, samples):
-        return _descend(params, gradients.gradient(model, params, samples), local), None
-
-    def epoch(params, visit):
-        copy, order = visit
-        samples = Batch((batch.inputs if copy is None else copy)[order], batch.labels[order])
-        full = jax.tree.map(lambda a: a[:whole].reshape((count, small) + a.shape[1:]), samples)
-        params, _ = jax.lax.scan(step, params, full, unroll=unroll)
-        if whole < size:
-            params, _ = step(params, jax.tree.map(lambda a: a[whole:], samples))
-        return params, None
-
-    end, _ = jax.lax.scan(epoch, params, (copies, orders), unroll=unroll)
-    return optax.tree.sub(params, end)
 
 
 def order_invariant(
@@ -109,7 +54,7 @@ def order_invariant(
 
     def value(inputs, context):
         copies = inputs if features is None else features(inputs)
-        copies = _by_epoch(copies, _local_training(context.observation).epochs)
+        copies = by_epoch(copies, _local_training(context.observation).epochs)
         sets = _AGGREGATES[aggregate](copies, axis=1)
         return weight * jnp.mean(_DISTANCES[distance](sets[:, None] - sets[None]))
 
@@ -219,7 +164,7 @@ def fedavg(
         local = _local_training(observation)
         if not learned:
             return simulate(model, observation.params, batch, local, given)
-        return _simulate_shares(model, observation.params, batch, local, variables["orders"])
+        return simulate_shares(model, observation.params, batch, local, variables["orders"])
 
     settings["candidate"] = candidate
     return _federated(model, num_steps=num_steps, restarts=restarts, labels=labels, **settings)
@@ -306,47 +251,6 @@ def _federated(model: Model, **settings: Any) -> Attack:
     return dataclasses.replace(attack, check=check_round)
 
 
-def _check_orders(orders: Array, epochs: int, size: int) -> None:
-    if jnp.shape(orders) != (epochs, size):
-        raise ValueError(
-            f"orders must be [E, N] = [{epochs}, {size}], got shape {jnp.shape(orders)}."
-        )
-    traced = isinstance(orders, jax.core.Tracer)
-    if not traced and (np.sort(np.asarray(orders), axis=1) != np.arange(size)).any():
-        raise ValueError(f"orders must be permutations of 0 to {size - 1}, got {orders}.")
-
-
-def _descend(params: Params, gradient: Params, local: LocalTraining) -> Params:
-    return jax.tree.map(lambda p, g: p - local.learning_rate * g, params, gradient)
-
-
-def _simulate_shares(
-    model: Model, params: Params, batch: Batch, local: LocalTraining, logits: Array
-) -> Params:
-    """`simulate` with mini-batches of weighted samples, whose shares are learned."""
-    places = local.num_samples - np.arange(0, local.num_samples, local.batch_size)
-    sizes = np.minimum(local.batch_size, places).astype(np.float32)[None, :, None]
-    logits = logits.reshape(local.epochs, -1, local.num_samples)
-    for _ in range(5):
-        # Sinkhorn: as many samples as a mini-batch has, and in an epoch every sample once.
-        logits = jax.nn.log_softmax(logits, axis=2) + np.log(sizes)
-        logits = jax.nn.log_softmax(logits, axis=1)
-    shares = (jnp.exp(logits) / sizes).reshape(-1, local.num_samples)
-
-    def loss(params, weighted):
-        samples, share = weighted
-        single = jax.tree.map(lambda leaf: leaf[:, None], samples)
-        return jnp.sum(share * jax.vmap(lambda sample: model.loss(params, sample))(single))
-
-    oracle = gradients.gradient_oracle(loss)
-
-    def step(params, share):
-        return _descend(params, oracle(params, (batch, share)), local), None
-
-    end, _ = jax.lax.scan(step, params, shares, unroll=local.num_steps <= _UNROLLED)
-    return optax.tree.sub(params, end)
-
-
 def _order_logits(key: Array, observation: Observation) -> Array:
     local = _local_training(observation)
     return 0.01 * jax.random.normal(key, (local.num_steps, local.num_samples))
@@ -389,12 +293,8 @@ def _within_unit(updates: PyTree, values: PyTree) -> PyTree:
 def _align_best(inputs: Array, values: Array, observation: Observation) -> Array:
     """The best restart's copies, paired with those of the first epoch, and their mean."""
     best = inputs[jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))]
-    copies = _by_epoch(best, _local_training(observation).epochs)
+    copies = by_epoch(best, _local_training(observation).epochs)
     return jax.lax.map(lambda copy: copy[metrics.match(copy, copies[0])], copies).mean(axis=0)
-
-
-def _by_epoch(copies: Array, epochs: int) -> Array:
-    return copies.reshape((epochs, -1) + copies.shape[1:])
 
 
 def _local_training(observation: Observation) -> LocalTraining:
@@ -404,9 +304,5 @@ def _local_training(observation: Observation) -> LocalTraining:
             "This attack needs to know the local training, but observation.facts.local is None: "
             "observe(..., local=LocalTraining(...))."
         )
-    if local.optimizer != "sgd":
-        raise ValueError(
-            "observation.facts.local.optimizer must be 'sgd', since this attack reads an update as a "
-            f"sum of gradients, got {local.optimizer!r}."
-        )
+    check_sgd(observation)
     return local

@@ -8,21 +8,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from invjax import conv, gradients
+from invjax import conv
 from invjax.attacks import labels as label_recovery
-from invjax.attacks.matching.ball import Ball, check_ball, over_ball
+from invjax.attacks.matching.ball import Ball, check_ball
+from invjax.attacks.matching.loss import (
+    Candidate,
+    Decode,
+    Terms,
+    Variables,
+    context_of,
+    decoded,
+    loss_of,
+)
 from invjax.attacks.matching.objectives import Objective
-from invjax.attacks.matching.priors import Context, Prior, input_bounds
-from invjax.base import Array, Attack, Batch, Model, Observation, PyTree, Reconstruction
+from invjax.attacks.matching.priors import Prior, input_bounds
+from invjax.base import Array, Attack, Model, Observation, PyTree, Reconstruction
 from invjax.checks import check_choice, check_count, check_number
-from invjax.observe import check_observation, per_step_gradient
+from invjax.observe import check_observation, check_sgd
 
 Labels = Literal["known", "recovered", "joint"]
-Variables = dict[str, Array]
 Initializer = Callable[[Array, tuple[int, ...], Observation], Array | Variables]
 Constraint = Callable[[Array, Observation], Array]
-Decode = Callable[[Variables, Observation], Array]
-Candidate = Callable[[Model, Observation, Batch, Variables], PyTree]
 Pool = Callable[[Array, Array, Observation], Array]
 
 
@@ -161,180 +167,180 @@ def gradient_matching(
     if ball is not None:
         check_ball(ball)
     model = conv.for_matching(model, backend)
-    initializer = normal() if initializer is None else initializer
-    optimizer = optax.with_extra_args_support(optimizer)
-    moving = ball is not None or likelihood_weight is not None
-    plain = (
-        gradients.per_sample_gradients if objective.stage == "per_sample" else gradients.gradient
+    loop = _Loop(
+        terms=Terms(model, objective, prior, decode, candidate, ball, likelihood_weight),
+        optimizer=optax.with_extra_args_support(optimizer),
+        num_steps=num_steps,
+        constraint=constraint,
+        labels=labels,
+        initializer=normal() if initializer is None else initializer,
+        restarts=restarts,
+        patience=patience,
+        tolerance=tolerance,
+        batch_size=batch_size,
+        backend=backend,
+        pool=pool,
     )
-
-    def decoded(variables: Variables, observation: Observation) -> Array:
-        return variables["inputs"] if decode is None else decode(variables, observation)
-
-    def loss(variables, fixed_labels, context: Context, key, count) -> Array:
-        target = jax.nn.softmax(variables["labels"]) if fixed_labels is None else fixed_labels
-        observation = context.observation
-
-        def at(raw: Array) -> Array:
-            inputs = decoded({**variables, "inputs": raw}, observation)
-            batch = Batch(inputs, target)
-            if candidate is None:
-                gradient = plain(model, observation.params, batch)
-            else:
-                gradient = candidate(model, observation, batch, variables)
-            value = objective.value(gradient, observation)
-            if likelihood_weight is not None:
-                value = jnp.asarray(likelihood_weight(count)) * value
-            known = context._replace(labels=target)
-            return value if prior is None else value + prior(inputs, known)
-
-        key = None if key is None else jax.random.fold_in(key, count)
-        return over_ball(at, ball, key)(variables["inputs"])
-
-    def prepare(observation: Observation, variables) -> Context:
-        group = jax.vmap(lambda one: decoded(one, observation))(variables).mean(axis=0)
-        if candidate is None:
-            # A federated update is read on the scale of one gradient.
-            observation = observation._replace(gradient=per_step_gradient(observation))
-        return Context(observation, group)
-
-    def check(observation: Observation) -> None:
-        check_observation(model, observation)
-        size = _batch_size(observation, batch_size)
-        if labels == "known":
-            _known_labels(observation, size)
-
-    def init(key: Array, observation: Observation) -> State:
-        size = _batch_size(observation, batch_size)
-        fixed = _fixed_labels(model, observation, labels, size)
-        shape = (size, *observation.facts.input_shape)
-
-        def start(key):
-            inputs_key, labels_key = jax.random.split(key)
-            variables: Any = initializer(inputs_key, shape, observation)
-            variables = dict(variables) if isinstance(variables, dict) else {"inputs": variables}
-            if constraint is not None:
-                variables["inputs"] = constraint(variables["inputs"], observation)
-            if fixed is None:
-                logits = jax.random.normal(labels_key, (size, model.num_classes))
-                variables["labels"] = logits
-            return variables
-
-        keys = jax.random.split(key, restarts)
-        ball_keys = jnp.broadcast_to(jax.random.fold_in(key, restarts), (restarts,))
-        variables = jax.vmap(start)(keys)
-        context = prepare(observation, variables)
-        count = jnp.zeros((), jnp.int32)
-
-        def evaluate(variables, key):
-            key = key if ball is not None else None
-            value, gradient = jax.value_and_grad(loss)(variables, fixed, context, key, count)
-            state = optimizer.init(variables)
-            if _has_line_search(state):
-                state = optax.tree.set(state, value=value, grad=gradient)
-            return value, gradient, state
-
-        value, gradient, optimizer_state = jax.vmap(evaluate)(variables, ball_keys)
-        return State(
-            variables=variables,
-            optimizer=optimizer_state,
-            value=value,
-            gradient=gradient,
-            best=variables,
-            best_value=value,
-            reference=value,
-            stale=jnp.zeros(restarts, jnp.int32),
-            finished=~jnp.isfinite(value),
-            trace=jnp.full((restarts, num_steps + 1), jnp.nan).at[:, 0].set(value),
-            count=count,
-            labels=fixed,
-            # Restarts share the points, by which they are compared; no start was drawn from this key.
-            keys=None if ball is None else ball_keys,
-        )
-
-    def advance(variables, optimizer_state, value, gradient, key, fixed, context, count):
-        """One optimizer step of one restart."""
-
-        def value_fn(variables):
-            return loss(variables, fixed, context, key, count)
-
-        updates, optimizer_state = optimizer.update(
-            gradient, optimizer_state, variables, value=value, grad=gradient, value_fn=value_fn
-        )
-        variables: Any = optax.apply_updates(variables, updates)
-        if constraint is not None:
-            inputs = constraint(variables["inputs"], context.observation)
-            variables = {**variables, "inputs": inputs}
-        if constraint is None and not moving and _has_line_search(optimizer_state):
-            # The line search has evaluated the point that it accepted.
-            value = optax.tree.get(optimizer_state, "value")
-            gradient = optax.tree.get(optimizer_state, "grad")
-        else:
-            value, gradient = jax.value_and_grad(value_fn)(variables)
-        return variables, optimizer_state, value, gradient
-
-    def step(observation: Observation, state: State) -> State:
-        context = prepare(observation, state.variables)
-        old = (state.variables, state.optimizer, state.value, state.gradient)
-        count = state.count + 1
-        one = functools.partial(advance, fixed=state.labels, context=context, count=count)
-        moved = conv.grouped_vmap(one, backend)(*old, state.keys)
-        variables, optimizer_state, value, gradient = _select(state.finished, old, moved)
-        better = jnp.isfinite(value) if moving else value < state.best_value
-        noticeable = value < state.reference - tolerance * jnp.abs(state.reference)
-        stale = jnp.where(noticeable, 0, state.stale + 1)
-        finished = state.finished | ~jnp.isfinite(value)
-        if patience is not None:
-            finished |= stale >= patience
-        traced = jnp.where(state.finished, jnp.nan, value)
-        return State(
-            variables=variables,
-            optimizer=optimizer_state,
-            value=value,
-            gradient=gradient,
-            best=_select(better, variables, state.best),
-            best_value=jnp.where(better, value, state.best_value),
-            reference=jnp.where(noticeable, value, state.reference),
-            stale=stale,
-            finished=finished,
-            trace=state.trace.at[:, count].set(traced),
-            count=count,
-            labels=state.labels,
-            keys=state.keys,
-        )
-
-    def result(observation: Observation, state: State) -> Reconstruction:
-        finite = jnp.isfinite(state.best_value)
-        winner = jnp.argmin(jnp.where(finite, state.best_value, jnp.inf))
-        best = jax.tree.map(lambda leaf: leaf[winner], state.best)
-        if pool is None:
-            inputs = decoded(best, observation)
-        else:
-            every = jax.vmap(lambda one: decoded(one, observation))(state.best)
-            inputs = pool(every, state.best_value, observation)
-        found = jnp.broadcast_to(finite[winner], inputs.shape[:1])
-        plateau = state.finished & jnp.isfinite(state.value)
-        return Reconstruction(
-            inputs=inputs,
-            labels=best["labels"].argmax(-1) if state.labels is None else state.labels,
-            found=found,
-            objective=state.best_value[winner],
-            diagnostics={
-                "trace": state.trace,
-                "best": state.best_value,
-                "restart": winner,
-                "status": jnp.where(jnp.isfinite(state.value), plateau.astype(jnp.int32), 2),
-            },
-        )
-
     return Attack(
-        init,
-        step,
-        result,
+        functools.partial(_init, loop),
+        functools.partial(_step, loop),
+        functools.partial(_result, loop),
         num_steps,
         done=lambda state: state.finished.all(),
         objective=lambda state: jnp.min(state.best_value),
-        check=check,
+        check=functools.partial(_check, loop),
+    )
+
+
+class _Loop(NamedTuple):
+    """The settings of `gradient_matching`, for its parts."""
+
+    terms: Terms
+    optimizer: optax.GradientTransformationExtraArgs
+    num_steps: int
+    constraint: Constraint | None
+    labels: Labels
+    initializer: Initializer
+    restarts: int
+    patience: int | None
+    tolerance: float
+    batch_size: int | None
+    backend: str | None
+    pool: Pool | None
+
+
+def _check(loop: _Loop, observation: Observation) -> None:
+    check_observation(loop.terms.model, observation)
+    if loop.terms.candidate is None:
+        check_sgd(observation)
+    size = _batch_size(observation, loop.batch_size)
+    if loop.labels == "known":
+        _known_labels(observation, size)
+
+
+def _init(loop: _Loop, key: Array, observation: Observation) -> State:
+    size = _batch_size(observation, loop.batch_size)
+    labels = _fixed_labels(loop.terms.model, observation, loop.labels, size)
+    keys = jax.random.split(key, loop.restarts)
+    # Restarts share the points, by which they are compared; no start was drawn from this key.
+    shared = jnp.broadcast_to(jax.random.fold_in(key, loop.restarts), (loop.restarts,))
+    ball_keys = None if loop.terms.ball is None else shared
+    variables = jax.vmap(functools.partial(_start, loop, observation, size))(keys)
+    context = context_of(loop.terms, observation, variables)
+    count = jnp.zeros((), jnp.int32)
+
+    def evaluate(variables, key):
+        value_fn = loss_of(loop.terms, labels, context, key, count)
+        value, gradient = jax.value_and_grad(value_fn)(variables)
+        state = loop.optimizer.init(variables)
+        if _has_line_search(state):
+            state = optax.tree.set(state, value=value, grad=gradient)
+        return value, gradient, state
+
+    value, gradient, optimizer_state = jax.vmap(evaluate)(variables, ball_keys)
+    return State(
+        variables=variables,
+        optimizer=optimizer_state,
+        value=value,
+        gradient=gradient,
+        best=variables,
+        best_value=value,
+        reference=value,
+        stale=jnp.zeros(loop.restarts, jnp.int32),
+        finished=~jnp.isfinite(value),
+        trace=jnp.full((loop.restarts, loop.num_steps + 1), jnp.nan).at[:, 0].set(value),
+        count=count,
+        labels=labels,
+        keys=ball_keys,
+    )
+
+
+def _start(loop: _Loop, observation: Observation, size: int, key: Array) -> Variables:
+    """The first variables of one restart."""
+    inputs_key, labels_key = jax.random.split(key)
+    shape = (size, *observation.facts.input_shape)
+    variables: Any = loop.initializer(inputs_key, shape, observation)
+    variables = dict(variables) if isinstance(variables, dict) else {"inputs": variables}
+    if loop.constraint is not None:
+        variables["inputs"] = loop.constraint(variables["inputs"], observation)
+    if loop.labels == "joint":
+        logits = jax.random.normal(labels_key, (size, loop.terms.model.num_classes))
+        variables["labels"] = logits
+    return variables
+
+
+def _step(loop: _Loop, observation: Observation, state: State) -> State:
+    context = context_of(loop.terms, observation, state.variables)
+    old = (state.variables, state.optimizer, state.value, state.gradient)
+    count = state.count + 1
+    one = functools.partial(_advance, loop, labels=state.labels, context=context, count=count)
+    moved = conv.grouped_vmap(one, loop.backend)(*old, state.keys)
+    variables, optimizer_state, value, gradient = _select(state.finished, old, moved)
+    better = jnp.isfinite(value) if loop.terms.moving else value < state.best_value
+    noticeable = value < state.reference - loop.tolerance * jnp.abs(state.reference)
+    stale = jnp.where(noticeable, 0, state.stale + 1)
+    finished = state.finished | ~jnp.isfinite(value)
+    if loop.patience is not None:
+        finished |= stale >= loop.patience
+    traced = jnp.where(state.finished, jnp.nan, value)
+    return State(
+        variables=variables,
+        optimizer=optimizer_state,
+        value=value,
+        gradient=gradient,
+        best=_select(better, variables, state.best),
+        best_value=jnp.where(better, value, state.best_value),
+        reference=jnp.where(noticeable, value, state.reference),
+        stale=stale,
+        finished=finished,
+        trace=state.trace.at[:, count].set(traced),
+        count=count,
+        labels=state.labels,
+        keys=state.keys,
+    )
+
+
+def _advance(loop: _Loop, variables, optimizer_state, value, gradient, key, labels, context, count):
+    """One optimizer step of one restart."""
+    value_fn = loss_of(loop.terms, labels, context, key, count)
+    updates, optimizer_state = loop.optimizer.update(
+        gradient, optimizer_state, variables, value=value, grad=gradient, value_fn=value_fn
+    )
+    variables: Any = optax.apply_updates(variables, updates)
+    if loop.constraint is not None:
+        inputs = loop.constraint(variables["inputs"], context.observation)
+        variables = {**variables, "inputs": inputs}
+    if loop.constraint is None and not loop.terms.moving and _has_line_search(optimizer_state):
+        # The line search has evaluated the point that it accepted.
+        value = optax.tree.get(optimizer_state, "value")
+        gradient = optax.tree.get(optimizer_state, "grad")
+    else:
+        value, gradient = jax.value_and_grad(value_fn)(variables)
+    return variables, optimizer_state, value, gradient
+
+
+def _result(loop: _Loop, observation: Observation, state: State) -> Reconstruction:
+    finite = jnp.isfinite(state.best_value)
+    winner = jnp.argmin(jnp.where(finite, state.best_value, jnp.inf))
+    best = jax.tree.map(lambda leaf: leaf[winner], state.best)
+    if loop.pool is None:
+        inputs = decoded(loop.terms, best, observation)
+    else:
+        every = jax.vmap(lambda one: decoded(loop.terms, one, observation))(state.best)
+        inputs = loop.pool(every, state.best_value, observation)
+    found = jnp.broadcast_to(finite[winner], inputs.shape[:1])
+    plateau = state.finished & jnp.isfinite(state.value)
+    return Reconstruction(
+        inputs=inputs,
+        labels=best["labels"].argmax(-1) if state.labels is None else state.labels,
+        found=found,
+        objective=state.best_value[winner],
+        diagnostics={
+            "trace": state.trace,
+            "best": state.best_value,
+            "restart": winner,
+            "status": jnp.where(jnp.isfinite(state.value), plateau.astype(jnp.int32), 2),
+        },
     )
 
 

@@ -115,6 +115,11 @@ def test_the_noise_of_a_federated_update_is_on_its_own_scale():
     mean, covariance = posterior(seen.gradient, scale=0.2)
     expected = np.linalg.solve(covariance, state.variables["inputs"][0, 0] - mean[0])
     np.testing.assert_allclose(state.gradient["inputs"][0, 0], expected, rtol=1e-3, atol=1e-3)
+    adam = dataclasses.replace(local, optimizer="adam")
+    with pytest.raises(ValueError, match="must be 'sgd', since this attack reads an update"):
+        bayes(jnp.float32)(
+            jax.random.key(2), seen._replace(facts=dataclasses.replace(seen.facts, local=adam))
+        )
 
 
 def closed_form(estimate):

@@ -12,7 +12,7 @@ import pytest
 import invjax
 from invjax import Batch, attacks, metrics
 from invjax.attacks import objectives
-from invjax.attacks.matching import federated
+from invjax.attacks.matching import federated, simulation
 from invjax.attacks.matching.priors import Context
 from invjax.base import LocalTraining, Model
 
@@ -91,7 +91,7 @@ def test_the_simulation_is_the_client(digits, epochs, batch_size, num_samples):
         return {
             "granted": simulate(inputs, labels, orders),
             "soft labels": simulate(inputs, jax.nn.one_hot(labels, 10), orders),
-            "shares": federated._simulate_shares(
+            "shares": simulation.simulate_shares(
                 model, params, Batch(inputs, labels), local, order_logits(orders, local)
             ),
             "same label": simulate(inputs, same, orders),
@@ -116,13 +116,13 @@ def test_shares_fill_the_mini_batches():
     linear = Model(lambda key, shape: jnp.zeros(4), lambda params, x: x, loss, 4)
     batch = Batch(jnp.eye(4), jnp.zeros(4, jnp.int32))
     logits = jax.random.normal(jax.random.key(0), (4, 4))
-    seen = federated._simulate_shares(linear, jnp.zeros(4), batch, local, logits)
+    seen = simulation.simulate_shares(linear, jnp.zeros(4), batch, local, logits)
     # Four steps, in each of which the weights sum to one.
     np.testing.assert_allclose(seen.sum(), 4, rtol=0.02)
     assert np.ptp(seen) > 0.1
     # Alone in the second mini-batch of both epochs, a sample weighs 1; in the first, 1/3.
     certain = 60 * jnp.array([[1, 0, 1, 1], [0, 1, 0, 0]] * 2, jnp.float32)
-    seen = federated._simulate_shares(linear, jnp.zeros(4), batch, local, certain)
+    seen = simulation.simulate_shares(linear, jnp.zeros(4), batch, local, certain)
     np.testing.assert_allclose(seen, [2 / 3, 2, 2 / 3, 2 / 3], atol=1e-6)
 
 
@@ -163,7 +163,7 @@ def test_derivatives_through_the_simulation(digits):
         def learned(step):
             samples = Batch(inputs + step * direction, batch.labels)
             shares = logits + step * turn
-            return distance(federated._simulate_shares(model, params, samples, local, shares))
+            return distance(simulation.simulate_shares(model, params, samples, local, shares))
 
         @jax.jit
         def slopes(inputs):

@@ -261,6 +261,11 @@ def test_federated_update_of_one_step_is_a_gradient(digits):
     result = driver.run(attack, jax.random.key(2), observation)
     assert metrics.psnr(result.inputs, batch.inputs, data_range=1.0)[0] > 30
     assert result.labels.tolist() == batch.labels.tolist()
+    # A step of Adam is none.
+    adam = dataclasses.replace(local, optimizer="adam")
+    stepped = observation._replace(facts=dataclasses.replace(observation.facts, local=adam))
+    with pytest.raises(ValueError, match="must be 'sgd', since this attack reads an update"):
+        attack(jax.random.key(2), stepped)
 
 
 def test_progress_and_interruption(small):

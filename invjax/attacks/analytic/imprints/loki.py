@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,24 @@ from invjax.base import Array, Batch, Model, Observation, Params, Reconstruction
 from invjax.checks import check_number
 from invjax.observe import per_step_gradient
 from invjax.ranges import flat_bounds
+
+
+class _Layout(NamedTuple):
+    """The layers in front of the model: `split` copies an image, `rows` bin its brightness.
+
+    Attributes:
+      shape: of an image.
+      clients: blocks of channels.
+      bins: of every block.
+      local_steps: whether units saturate, so that a row is a bin by itself.
+      kernel_scale: of `split`; the weights of `rows` are divided by it.
+    """
+
+    shape: tuple[int, ...]
+    clients: int
+    bins: int
+    local_steps: bool
+    kernel_scale: float
 
 
 def loki(
@@ -102,30 +121,64 @@ def loki(
     check_law(location, scale)
     check_number("peak", peak, 0.0, open_low=True)
     check_number("kernel_scale", kernel_scale, 0.0, open_low=True)
-    size, channels = math.prod(shape), shape[2]
+    layout = _Layout(shape, clients, bins, local_steps, kernel_scale)
 
     def plant(key: Array, params: Params, auxiliary: Batch | None = None) -> Params:
         dtype = jnp.result_type(*jax.tree.leaves(params))
+        size = math.prod(shape)
         direction = jnp.full(size, 1 / size, dtype)
         law = measured_law(location, scale, direction, auxiliary, shape, "loki")
-        shares = jnp.arange(1, bins, dtype=dtype) / bins
-        cuts = close_below(quantile("mean", shares, *law), jnp.zeros((), dtype))
-        rows, reach = binning_layer(direction, cuts, jnp.ones((), dtype), local_steps)
-        kernel = rows["kernel"].reshape(*shape[:2], 1, channels, bins) / kernel_scale
-        kernel = jnp.broadcast_to(kernel, (*shape[:2], clients, channels, bins))
-        low, high = jnp.zeros(size, dtype), jnp.ones(size, dtype)
-        split = jnp.einsum("cl,ij->cilj", jnp.eye(clients, dtype=dtype), jnp.eye(channels))
-        common = {
-            "rows": {"kernel": kernel.reshape(-1, bins), "bias": rows["bias"]},
-            "back": back_layer(key, bins, low, high, reach),
-            "base": params,
-        }
-        return {
-            "split": kernel_scale * split.reshape(clients, channels, -1).astype(dtype),
-            **jax.tree.map(
-                lambda leaf: jnp.broadcast_to(leaf[None], (clients, *leaf.shape)), common
-            ),
-        }
+        return _planted(key, layout, params, direction, law)
+
+    def invert(observation: Observation) -> Reconstruction:
+        return _invert(model, layout, observation, peak, max_samples, tolerance)
+
+    def check_clients(observation: Observation) -> None:
+        total = observation.facts.batch_size
+        if total is not None and total % clients:
+            raise ValueError(
+                f"The observation's batch_size must be a multiple of {clients} clients, got {total}."
+            )
+
+    block = _block_model(model, layout)
+    attack = row_attack(
+        block, invert, shape, "loki", several_steps=local_steps, further=check_clients
+    )
+    return Imprint(block, plant, attack)
+
+
+def _planted(
+    key: Array,
+    layout: _Layout,
+    params: Params,
+    direction: Array,
+    law: tuple[Array | float, Array | float],
+) -> Params:
+    """Every client's parameters, for a brightness of the mean and standard deviation `law`."""
+    shape, clients, bins, local_steps, kernel_scale = layout
+    size, channels, dtype = math.prod(shape), shape[2], direction.dtype
+    shares = jnp.arange(1, bins, dtype=dtype) / bins
+    cuts = close_below(quantile("mean", shares, *law), jnp.zeros((), dtype))
+    rows, reach = binning_layer(direction, cuts, jnp.ones((), dtype), local_steps)
+    kernel = rows["kernel"].reshape(*shape[:2], 1, channels, bins) / kernel_scale
+    kernel = jnp.broadcast_to(kernel, (*shape[:2], clients, channels, bins))
+    low, high = jnp.zeros(size, dtype), jnp.ones(size, dtype)
+    split = jnp.einsum("cl,ij->cilj", jnp.eye(clients, dtype=dtype), jnp.eye(channels))
+    common = {
+        "rows": {"kernel": kernel.reshape(-1, bins), "bias": rows["bias"]},
+        "back": back_layer(key, bins, low, high, reach),
+        "base": params,
+    }
+    return {
+        "split": kernel_scale * split.reshape(clients, channels, -1).astype(dtype),
+        **jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (clients, *leaf.shape)), common),
+    }
+
+
+def _block_model(model: Model, layout: _Layout) -> Model:
+    """The model behind both layers and the way back to an image; as initialised, ordinary layers."""
+    clients, bins = layout.clients, layout.bins
+    size, channels = math.prod(layout.shape), layout.shape[2]
 
     def init(key: Array, input_shape: Sequence[int]) -> Params:
         split_key, rows_key, back_key, base_key = jax.random.split(key, 4)
@@ -140,75 +193,75 @@ def loki(
         blocks = inputs @ params["split"]
         flat = blocks.reshape(inputs.shape[0], -1)
         values = flat @ params["rows"]["kernel"] + params["rows"]["bias"][None]
-        return block_tail(model, params, values, shape, local_steps)
+        return block_tail(model, params, values, layout.shape, layout.local_steps)
 
-    block = fronted(model, init, apply, "loki")
+    return fronted(model, init, apply, "loki")
 
-    def invert(observation: Observation) -> Reconstruction:
-        facts, params = observation.facts, observation.params
-        gradient = observation.gradient if local_steps else per_step_gradient(observation)
-        assert gradient is not None
-        directions = bin_directions(bins, local_steps, gradient["rows"]["bias"].dtype)
-        blocks = blocked(gradient["rows"]["kernel"]) / kernel_scale @ directions.T
-        slots = max_samples if facts.batch_size is None else facts.batch_size // clients
-        sizes = (facts.batch_size or 1, clients * slots)
-        low, high = flat_bounds(facts.input_range, shape, blocks.dtype)
-        first = kernel_scale * blocked(params["rows"]["kernel"])[0]
 
-        def values_of(inputs: Array) -> Array:
-            return inputs @ first + params["rows"]["bias"][None]
+def _invert(
+    model: Model,
+    layout: _Layout,
+    observation: Observation,
+    peak: float,
+    max_samples: int,
+    tolerance: float | None,
+) -> Reconstruction:
+    """Divide every client's rows by what makes their largest value `peak`."""
+    shape, clients, bins, local_steps, kernel_scale = layout
+    facts = observation.facts
+    gradient = observation.gradient if local_steps else per_step_gradient(observation)
+    assert gradient is not None
+    directions = bin_directions(bins, local_steps, gradient["rows"]["bias"].dtype)
+    blocks = _blocked(layout, gradient["rows"]["kernel"]) / kernel_scale @ directions.T
+    slots = max_samples if facts.batch_size is None else facts.batch_size // clients
+    sizes = (facts.batch_size or 1, clients * slots)
+    low, high = flat_bounds(facts.input_range, shape, blocks.dtype)
+    implied, inside = _certificates(model, layout, observation.params, directions)
+    # Of all clients, so that the rounding of the strongest does not look like another's samples.
+    floor = 64 * jnp.finfo(blocks.dtype).eps * jnp.abs(blocks).max()
 
-        def implied(inputs: Array) -> Array:
-            return implied_bias(
-                lambda values: block_tail(model, params, values, shape, local_steps),
-                values_of(inputs),
-                directions,
-            )
+    def one(weight: Array) -> Inverted:
+        strongest = jnp.abs(weight).argmax(axis=0)
+        bias = jnp.take_along_axis(weight, strongest[None], axis=0)[0] / peak
+        rows = Rows(weight, bias, floor, low, high)
+        limit = exact_tolerance(weight.dtype, tolerance)
+        return invert_rows(rows, implied, inside, sizes, slots, limit)
 
-        def inside(inputs: Array) -> Array:
-            own = jnp.diagonal(values_of(inputs))
-            return (own >= -0.25) & (own <= 1.25)
+    found = jax.vmap(one)(blocks)
+    return Reconstruction(
+        found.inputs.reshape((clients * slots, *shape)),
+        found.labels.reshape(-1),
+        found.found.reshape(-1),
+        found.objective.mean(),
+        {"rows": found.rows, "certified": found.certified},
+    )
 
-        # Of all clients, so that the rounding of the strongest does not look like another's samples.
-        floor = 64 * jnp.finfo(blocks.dtype).eps * jnp.abs(blocks).max()
 
-        def one(weight: Array) -> Inverted:
-            strongest = jnp.abs(weight).argmax(axis=0)
-            bias = jnp.take_along_axis(weight, strongest[None], axis=0)[0] / peak
-            return invert_rows(
-                Rows(weight, bias, floor, low, high),
-                None if local_steps else implied,
-                inside if local_steps else None,
-                sizes,
-                slots,
-                exact_tolerance(weight.dtype, tolerance),
-            )
+def _certificates(model: Model, layout: _Layout, params: Params, directions: Array):
+    """`implied` and `inside` of `invert_rows`: of one step the former, of several the latter."""
+    first = layout.kernel_scale * _blocked(layout, params["rows"]["kernel"])[0]
 
-        found = jax.vmap(one)(blocks)
-        return Reconstruction(
-            found.inputs.reshape((clients * slots, *shape)),
-            found.labels.reshape(-1),
-            found.found.reshape(-1),
-            found.objective.mean(),
-            {"rows": found.rows, "certified": found.certified},
+    def values_of(inputs: Array) -> Array:
+        return inputs @ first + params["rows"]["bias"][None]
+
+    def implied(inputs: Array) -> Array:
+        return implied_bias(
+            lambda values: block_tail(model, params, values, layout.shape, layout.local_steps),
+            values_of(inputs),
+            directions,
         )
 
-    def blocked(kernel: Array) -> Array:
-        """`[clients, d, bins]`, the first layer's weights of every client's block."""
-        kernel = kernel.reshape(*shape[:2], clients, channels, bins)
-        return jnp.moveaxis(kernel, 2, 0).reshape(clients, size, bins)
+    def inside(inputs: Array) -> Array:
+        own = jnp.diagonal(values_of(inputs))
+        return (own >= -0.25) & (own <= 1.25)
 
-    def check_clients(observation: Observation) -> None:
-        total = observation.facts.batch_size
-        if total is not None and total % clients:
-            raise ValueError(
-                f"The observation's batch_size must be a multiple of {clients} clients, got {total}."
-            )
+    return (None, inside) if layout.local_steps else (implied, None)
 
-    attack = row_attack(
-        block, invert, shape, "loki", several_steps=local_steps, further=check_clients
-    )
-    return Imprint(block, plant, attack)
+
+def _blocked(layout: _Layout, kernel: Array) -> Array:
+    """`[clients, d, bins]`, the first layer's weights of every client's block."""
+    kernel = kernel.reshape(*layout.shape[:2], layout.clients, layout.shape[2], layout.bins)
+    return jnp.moveaxis(kernel, 2, 0).reshape(layout.clients, -1, layout.bins)
 
 
 def aggregate(observations: Observation) -> Observation:

@@ -15,7 +15,16 @@ from invjax.attacks.analytic.tensor.head import (
 )
 from invjax.attacks.analytic.tensor.hermite import is_homogeneous, is_odd
 from invjax.attacks.analytic.tensor.moments import Estimator
-from invjax.base import Array, Attack, Model, Observation, Reconstruction, closed_form
+from invjax.base import (
+    Array,
+    Attack,
+    Layer,
+    Model,
+    Observation,
+    Params,
+    Reconstruction,
+    closed_form,
+)
 from invjax.checks import check_choice, check_count, check_number
 from invjax.models.layers import layers_of
 from invjax.observe import check_observation, per_step_gradient
@@ -116,6 +125,46 @@ def tensor(
         model of other layers, an activation whose gradient reveals only sums, no batch size, one larger
         than the layers allow, or one whose regression has more coefficients than there are hidden units.
     """
+    scalar = model.num_classes == 1
+    estimator = estimator or ("weights" if scalar else "outer")
+    _check_words(model, method, loss, estimator)
+    check_fit(restarts, max_steps, noise_std)
+    check_count("contractions", contractions, 1)
+    for name, value in (("norm", norm), ("tolerance", tolerance)):
+        if value is not None:
+            check_number(name, value, 0.0, open_low=True)
+    paper = method == "paper"
+
+    def check(observation: Observation) -> None:
+        check_observation(model, observation)
+        _check_front(model, observation)
+        problem = head_problem(model, observation.params, observation.gradient)
+        hidden, _ = head_layers(model, observation.params)
+        size = _size_of(observation, batch_size)
+        check_size(size, problem, hidden.activation, None if paper else estimator)
+
+    def init(key: Array, observation: Observation) -> Reconstruction:
+        hidden, _ = head_layers(model, observation.params)
+        hides = scalar and hidden.bias is None and is_homogeneous(hidden.activation)
+        settings = core.Settings(
+            activation=hidden.activation,
+            method=method,
+            estimator=estimator,
+            norm=_with_constant(hidden, 1.0 if norm is None and (paper or hides) else norm),
+            polish=not paper if polish is None else polish,
+            noise_std=noise_std,
+            restarts=restarts,
+            max_steps=max_steps,
+            contractions=contractions,
+            constant=hidden.bias is not None,
+        )
+        size = _size_of(observation, batch_size)
+        return _reconstruct(key, model, observation, size, settings, loss, tolerance)
+
+    return closed_form(init, check)
+
+
+def _check_words(model: Model, method: str, loss: str | None, estimator: str) -> None:
     check_choice("method", method, get_args(Method))
     scalar = model.num_classes == 1
     if loss is not None:
@@ -124,108 +173,102 @@ def tensor(
             raise ValueError(f"loss is for models of one output, {model.name} has softmax logits.")
     if method == "paper" and not scalar:
         raise ValueError("method 'paper' is for models of one output: use 'regression'.")
-    estimator = estimator or ("weights" if scalar else "outer")
     check_choice("estimator", estimator, get_args(Estimator))
-    check_fit(restarts, max_steps, noise_std)
-    check_count("contractions", contractions, 1)
-    for name, value in (("norm", norm), ("tolerance", tolerance)):
-        if value is not None:
-            check_number(name, value, 0.0, open_low=True)
-    fits = method != "paper" if polish is None else polish
 
-    def size_of(observation: Observation) -> int:
-        size = observation.facts.batch_size
-        size = batch_size if size is None else size
-        if size is None:
+
+def _check_front(model: Model, observation: Observation) -> None:
+    """Refuse anything but a flattening in front of the last two layers."""
+    front = layers_of(model, observation.params)[:-2]
+    for layer in front:
+        if layer.kind != "flatten" or layer.activation != "identity":
             raise ValueError(
-                "The observation does not say the batch size: give tensor batch_size=, by "
-                "batch_size_by_gap of the first layer's gradient, say."
+                f"The model {model.name} must be two dense layers, got a layer {layer.kind} in "
+                "front: head_features recovers the features behind those."
             )
-        return size
 
-    def check(observation: Observation) -> None:
-        check_observation(model, observation)
-        front = layers_of(model, observation.params)[:-2]
-        for layer in front:
-            if layer.kind != "flatten" or layer.activation != "identity":
-                raise ValueError(
-                    f"The model {model.name} must be two dense layers, got a layer {layer.kind} in "
-                    "front: head_features recovers the features behind those."
-                )
-        problem = head_problem(model, observation.params, observation.gradient)
-        hidden, _ = head_layers(model, observation.params)
-        fitted = estimator if method == "regression" else None
-        check_size(size_of(observation), problem, hidden.activation, fitted)
 
-    def init(key: Array, observation: Observation) -> Reconstruction:
-        size, params = size_of(observation), observation.params
-        hidden, _ = head_layers(model, params)
-        hides = scalar and hidden.bias is None and is_homogeneous(hidden.activation)
-        known = 1.0 if norm is None and (method == "paper" or hides) else norm
-        if known is not None and hidden.bias is not None:
-            # The bias is the weight of one more input, constantly 1.
-            known = (known**2 + 1) ** 0.5
-        settings = core.Settings(
-            activation=hidden.activation,
-            method=method,
-            estimator=estimator,
-            norm=known,
-            polish=fits,
-            noise_std=noise_std,
-            restarts=restarts,
-            max_steps=max_steps,
-            contractions=contractions,
-            constant=hidden.bias is not None,
+def _size_of(observation: Observation, given: int | None) -> int:
+    size = observation.facts.batch_size
+    size = given if size is None else size
+    if size is None:
+        raise ValueError(
+            "The observation does not say the batch size: give tensor batch_size=, by "
+            "batch_size_by_gap of the first layer's gradient, say."
         )
-        with jax.default_matmul_precision("highest"):
-            problem = head_problem(model, params, per_step_gradient(observation))
-            found = core.recover(key, problem, size, settings)
-            candidate = scaled_inputs(hidden, found.candidate)
-            inputs = candidate.inputs.reshape((size, *observation.facts.input_shape))
-            real = _targets(inputs, params, candidate.signals)
-        limit = _limit(inputs.dtype)
-        exact = (found.objective <= limit) & jnp.isfinite(inputs).all()
-        # A sample without a part in the gradient is none.
-        own = found.residual <= (3 * limit * size**0.5 if noise_std is None else 1.0)
-        if scalar and hidden.bias is None and is_odd(hidden.activation):
-            own &= _signs_are_tricked(inputs, params)
-        diagnostics = {
+    return size
+
+
+def _with_constant(hidden: Layer, norm: float | None) -> float | None:
+    if norm is not None and hidden.bias is not None:
+        # The bias is the weight of one more input, constantly 1.
+        return (norm**2 + 1) ** 0.5
+    return norm
+
+
+def _reconstruct(
+    key: Array,
+    model: Model,
+    observation: Observation,
+    size: int,
+    settings: core.Settings,
+    loss: Loss | None,
+    tolerance: float | None,
+) -> Reconstruction:
+    """The samples, their labels, and whether they are found."""
+    params = observation.params
+    hidden, _ = head_layers(model, params)
+    with jax.default_matmul_precision("highest"):
+        problem = head_problem(model, params, per_step_gradient(observation))
+        found = core.recover(key, problem, size, settings)
+        candidate = scaled_inputs(hidden, found.candidate)
+        inputs = candidate.inputs.reshape((size, *observation.facts.input_shape))
+        labels, targets = _labels(model, params, loss, inputs, candidate.signals)
+    limit = _limit(settings, tolerance, inputs.dtype)
+    exact = (found.objective <= limit) & jnp.isfinite(inputs).all()
+    # A sample without a part in the gradient is none.
+    own = found.residual <= (3 * limit * size**0.5 if settings.noise_std is None else 1.0)
+    if model.num_classes == 1 and hidden.bias is None and is_odd(hidden.activation):
+        own &= _signs_are_tricked(model, params, loss, inputs)
+    return Reconstruction(
+        inputs=jnp.where(jnp.isfinite(inputs), inputs, 0.0),
+        labels=labels,
+        found=jnp.broadcast_to(exact & own, size),
+        objective=found.objective,
+        diagnostics={
             "signals": candidate.signals,
             "residual": found.residual,
             "tensor_residual": found.tensor_residual,
             "gap": found.gap,
-        }
-        if scalar:
-            middle = 0.5 if loss == "cross_entropy" else 0.0
-            labels, diagnostics["targets"] = (real > middle).astype(int), real
-        else:
-            labels = jnp.argmin(candidate.signals, axis=1)
-        return Reconstruction(
-            inputs=jnp.where(jnp.isfinite(inputs), inputs, 0.0),
-            labels=labels,
-            found=jnp.broadcast_to(exact & own, size),
-            objective=found.objective,
-            diagnostics=diagnostics,
-        )
+            **targets,
+        },
+    )
 
-    def _targets(inputs: Array, params, signals: Array) -> Array:
-        output = model.apply(params, inputs)[:, 0]
-        output = jax.nn.sigmoid(output) if loss == "cross_entropy" else output
-        return output - len(inputs) * signals[:, 0]
 
-    def _signs_are_tricked(inputs: Array, params) -> Array:
-        """Whether both the inputs and their negatives are answered by more than labels of up to 1."""
-        if loss == "cross_entropy":
-            return jnp.zeros(len(inputs), bool)
-        return (model.apply(params, inputs)[:, 0] >= 1) & (model.apply(params, -inputs)[:, 0] >= 1)
+def _labels(
+    model: Model, params: Params, loss: Loss | None, inputs: Array, signals: Array
+) -> tuple[Array, dict[str, Array]]:
+    """Classes; and of a model of one output the real labels, its outputs less the residuals."""
+    if model.num_classes != 1:
+        return jnp.argmin(signals, axis=1), {}
+    output = model.apply(params, inputs)[:, 0]
+    output = jax.nn.sigmoid(output) if loss == "cross_entropy" else output
+    targets = output - len(inputs) * signals[:, 0]
+    middle = 0.5 if loss == "cross_entropy" else 0.0
+    return (targets > middle).astype(int), {"targets": targets}
 
-    def _limit(dtype) -> float:
-        if tolerance is not None:
-            return tolerance
-        if noise_std is not None:
-            return 1.1
-        if not fits:
-            return 0.1
-        return 1e-6 if dtype == jnp.float64 else 1e-3
 
-    return closed_form(init, check)
+def _signs_are_tricked(model: Model, params: Params, loss: Loss | None, inputs: Array) -> Array:
+    """Whether both the inputs and their negatives are answered by more than labels of up to 1."""
+    if loss == "cross_entropy":
+        return jnp.zeros(len(inputs), bool)
+    return (model.apply(params, inputs)[:, 0] >= 1) & (model.apply(params, -inputs)[:, 0] >= 1)
+
+
+def _limit(settings: core.Settings, tolerance: float | None, dtype) -> float:
+    if tolerance is not None:
+        return tolerance
+    if settings.noise_std is not None:
+        return 1.1
+    if not settings.polish:
+        return 0.1
+    return 1e-6 if dtype == jnp.float64 else 1e-3

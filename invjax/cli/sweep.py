@@ -130,11 +130,17 @@ def describe(found: plan.Plan) -> str:
         f"of up to {found.block_size} jobs\n"
         f"{found.compilations} compilations: {_span(found.compile_seconds)}\n"
         f"attacks: at most {_span(found.run_seconds)} on {jax.local_device_count()} "
-        f"{jax.devices()[0].device_kind} of {jax.process_count()} processes"
+        f"{jax.devices()[0].device_kind}, {_counted(jax.process_count(), 'process', 'processes')}"
     )
 
 
+def _counted(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
+
+
 def _span(seconds: float) -> str:
+    if seconds < 1:
+        return "under a second"
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -178,7 +184,7 @@ class Display:
             self.first = event.jobs_done
         rate = (done - self.first) / max(time.monotonic() - self.started, 1e-9)
         name = "done" if event.block is None else event.block.name
-        note = f"{jax.local_device_count()} devices"
+        note = _counted(jax.local_device_count(), "device", "devices")
         # What a compilation and a few steps say of the rate is no rate yet.
         if done - self.first >= min(1.0, 0.02 * event.jobs_total):
             note = f"{rate:.2g} jobs/s, {_span((event.jobs_total - done) / rate)} left, {note}"

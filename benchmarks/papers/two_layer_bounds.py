@@ -12,7 +12,7 @@ from the truth, `moments` the tensor attack as published on the output layer's g
 same with a final fit of both layers by maximum likelihood (slow, so only on request), which know neither
 labels nor truth. `upper` is `C (B + s) sqrt(d / m)` with the largest constant that `moments` needs. The
 slopes are of least squares in the logarithms; the table of bounds has 1/2, -1/2, 0 and 1 (`bound`) for
-dimension, width, batch size and noise.
+dimension, width, batch size and noise. Last, what share of the information pruning takes.
 """
 
 import functools
@@ -152,6 +152,19 @@ def measure(setting: dict, options) -> dict:
     return row
 
 
+def pruned_rows() -> list[dict]:
+    """What share of the information on the inputs goes with the smallest derivatives in `a`."""
+    weights, a, batch = problem(jax.random.key(0), *(BASE[name] for name in list(BASE)[:3]))
+    model = network(weights)
+    size = jnp.abs(jax.grad(model.loss)(a, batch))
+    rows = []
+    for share in (0.5, 0.7, 0.9):
+        kept = size > jnp.quantile(size, share)
+        left = two_layer.kept_information(model, a, batch, kept)
+        rows.append({"pruned": share, "information lost": round(1 - float(left), 3)})
+    return rows
+
+
 def slopes(rows, name: str, columns) -> dict:
     """Exponents of every column along one sweep."""
     points = np.log([row[name] for row in rows])
@@ -208,11 +221,14 @@ def main() -> None:
     columns = ["bound", *options.attacks]
     exponents = [{"sweep": name, **slopes(part, name, columns)} for name, part in sweeps.items()]
     print(timing.table(exponents))
+    pruned = pruned_rows()
+    print("\n" + timing.table(pruned))
     constant = max(row["upper constant"] for row in rows) if "moments" in options.attacks else None
     timing.write(
         options.json,
         rows,
         slopes=exponents,
+        pruned=pruned,
         benchmark="papers/two_layer_bounds",
     )
     if options.figure:

@@ -356,7 +356,7 @@ def test_simulation_beats_a_single_gradient(digits):
 
 @pytest.mark.slow
 def test_what_local_training_hides(digits):
-    """Check 13: five epochs of two mini-batches of two; the weights move by about a sixth."""
+    """Check 13: five epochs of two mini-batches of two; the weights move by about a quarter."""
     model = invjax.models.mlp((128,))
     data = clients(digits, model, round_of(epochs=5), 6)
     norm = jax.vmap(optax.tree.norm)

@@ -15,6 +15,10 @@ def dp_sgd(
 ) -> Defense:
     """Clip, sum, add Gaussian noise, divide by the batch size (Abadi et al. 2016, algorithm 1).
 
+    What it guarantees, it guarantees of noise from a key that nobody else has: train with
+    `dp_sgd(...).with_key(secret)`, for the default key follows from the name; and of finite gradients, for
+    one sample's NaN is the mean's.
+
     Args:
       clip_norm: L2 radius of every sample's gradient; infinity, without noise, does nothing.
       noise_multiplier: noise standard deviation in units of `clip_norm`.

@@ -60,7 +60,8 @@ def resolve(name: str, known: Mapping[str, Callable], what: str) -> Callable:
         return known[matches[0]]
     problem = f"Ambiguous {what} {name!r}" if matches else f"Unknown {what} {name!r}"
     raise ValueError(
-        f"{problem}: known are {', '.join(matches or sorted(known))}.{nearest(name, known)}"
+        f"{problem}: known are {', '.join(matches or sorted(known))}."
+        f"{'' if matches else nearest(name, known)}"
     )
 
 
@@ -186,7 +187,10 @@ def build(
     results = []
     for name, args, kwargs in parse(text, what) if isinstance(text, str) else text:
         function = bind(resolve(name, known, what))
-        taken = inspect.signature(function).parameters
+        try:
+            taken = inspect.signature(function).parameters
+        except ValueError as error:
+            raise ValueError(f"The {what} {name!r}: {error}.") from error
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in taken.values()):
             for given in set(kwargs) - set(taken):
                 raise ValueError(

@@ -15,7 +15,7 @@ PyTree = Any
 
 
 def on_host(value: Any) -> bool:
-    """Whether a strength's value can be looked at."""
+    """Whether a strength is a number on the host, which may decide what a defence is made of."""
     return isinstance(value, numbers.Real | np.generic | np.ndarray)
 
 
@@ -46,6 +46,8 @@ def check_number(
         raise ValueError(f"{name} must be a number in {interval}, got {value!r}.")
     if isinstance(value, jax.core.Tracer):
         return
+    # NumPy, because under an enclosing trace JAX would trace even this.
+    value = np.asarray(value)[()]
     above = value > low if open_low else value >= low
     below = value < high if open_high else value <= high
     if not (above and below):
@@ -64,7 +66,7 @@ def check_count(name: str, value: Any, least: int, most: int | None = None) -> N
     Raises:
       ValueError: it is not one of them.
     """
-    whole = isinstance(value, int | np.integer)
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):
         allowed = f"of at least {least}" if most is None else f"in [{least}, {most}]"
         raise ValueError(f"{name} must be a whole number {allowed}, got {value!r}.")

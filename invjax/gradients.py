@@ -212,7 +212,8 @@ def clipped_sum(
 
     def clipped(batch: Batch) -> Params:
         gradients = per_sample_gradients(model, params, batch)
-        return sum_samples(scale_samples(gradients, clip_scale(gradients, clip_norm)))
+        total = sum_samples(scale_samples(gradients, clip_scale(gradients, clip_norm)))
+        return jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), total, params)
 
     size = batch.inputs.shape[0]
     if microbatch_size is None or microbatch_size == size:

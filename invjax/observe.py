@@ -67,7 +67,8 @@ def observe(
         input range that is none or has other channels, a per-sample defence on a federated update,
         another number of samples than `local` has, an optimizer without a federated round,
         statistics of a model without batch norm.
-      TypeError: inputs that are not floats, labels that are not integers, a defence that is none.
+      TypeError: a key, model, batch or defence that is none, inputs that are not floats, labels that
+        are not integers.
 
     Example:
       >>> import jax, invjax
@@ -195,13 +196,15 @@ def check_batch(model: Model, batch: Batch) -> None:
 
     Raises:
       ValueError: no samples, unequal lengths, labels out of range, inputs that are not finite.
-      TypeError: labels that are not integers, inputs that are not floats.
+      TypeError: no batch of arrays, labels that are not integers, inputs that are not floats.
     """
-    if not (isinstance(batch, Batch) and all(hasattr(part, "shape") for part in batch)):
-        parts = ", ".join(type(part).__name__ for part in batch)
+    if not isinstance(batch, Batch):
         raise TypeError(
-            f"batch must be an invjax.Batch of two arrays, got {type(batch).__name__} of {parts}."
+            f"batch must be an invjax.Batch(inputs, labels), got {type(batch).__name__}."
         )
+    for name, part in batch._asdict().items():
+        if not hasattr(part, "shape"):
+            raise TypeError(f"batch.{name} must be an array, got {type(part).__name__}.")
     inputs, labels = batch
     if jnp.ndim(inputs) < 2 or inputs.shape[0] == 0:
         raise ValueError(
@@ -252,7 +255,8 @@ def _check_input_range(input_range: tuple[Bound, Bound], inputs: Array) -> None:
         return
     values = np.asarray(inputs)
     low, high = (np.asarray(bound, float) for bound in input_range)
-    rounding = 1e-4 * (high - low)
+    eps = float(jnp.finfo(values.dtype).eps)
+    rounding = 1e-4 * (high - low) + eps * np.maximum(np.abs(low), np.abs(high))
     if (values < low - rounding).any() or (values > high + rounding).any():
         warnings.warn(
             f"batch.inputs lie in [{values.min():.3g}, {values.max():.3g}], outside input_range "

@@ -1,5 +1,6 @@
 """What leaves the client: the oracle and its derivative, clipped sums, federated updates."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +8,7 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
+import invjax
 from invjax import gradients
 from invjax.base import Batch, LocalTraining, Model
 
@@ -366,3 +368,13 @@ def test_rounds_that_are_none_are_refused(settings, message):
 )
 def test_num_steps(epochs, batch_size, num_samples, steps):
     assert round_of(epochs, batch_size, num_samples).num_steps == steps
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+def test_a_clipped_sum_has_the_precision_of_the_parameters(microbatch_size):
+    model = invjax.models.mlp((4,), 3)
+    params = model.init(jax.random.key(0), (5,))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    batch = Batch(jnp.ones((4, 5), jnp.bfloat16), jnp.zeros(4, int))
+    total = gradients.clipped_sum(model, params, batch, 1.0, microbatch_size=microbatch_size)
+    chex.assert_trees_all_equal_shapes_and_dtypes(total, params)

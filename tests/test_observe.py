@@ -156,8 +156,18 @@ def test_a_range_that_does_not_hold_is_told(params, batch):
         ):
             shown = batch._replace(inputs=inputs)
             invjax.observe(jax.random.key(0), MODEL, params, shown, input_range=input_range)
+        for wrong in ((0.0, 0.5), (0.5, 1.0), (0.0, 0.9), (0.1, 1.0)):
+            with pytest.raises(UserWarning, match="outside"):
+                invjax.observe(jax.random.key(0), MODEL, params, batch, input_range=wrong)
+        # Of two channels the second one leaves its own range alone.
+        model = invjax.models.mlp((8,), num_classes=3)
+        pair = Batch(jnp.concatenate([batch.inputs, 3 * batch.inputs], axis=-1), batch.labels)
+        weights = model.init(jax.random.key(0), (4, 4, 2))
+        ranges = (0.0, (1.0, 3.0))
+        invjax.observe(jax.random.key(0), model, weights, pair, input_range=ranges)
         with pytest.raises(UserWarning, match="outside"):
-            invjax.observe(jax.random.key(0), MODEL, params, batch, input_range=(0.0, 0.5))
+            swapped = (0.0, (3.0, 1.0))
+            invjax.observe(jax.random.key(0), model, weights, pair, input_range=swapped)
 
 
 def test_what_is_no_key_model_or_batch_is_named(params, batch):
@@ -179,8 +189,12 @@ def test_what_is_no_key_model_or_batch_is_named(params, batch):
         ):
             with pytest.raises(TypeError, match=r"model must be an invjax.Model, got (dict|tuple)"):
                 call(wrong)
-    for wrong in (tuple(batch), Batch([1.0], [2])):
-        with pytest.raises(TypeError, match=r"batch must be an invjax.Batch of two arrays, got"):
+    for wrong, message in (
+        (tuple(batch), r"batch must be an invjax.Batch\(inputs, labels\), got tuple"),
+        (None, "got NoneType"),
+        (Batch([1.0], [2]), "batch.inputs must be an array, got list"),
+    ):
+        with pytest.raises(TypeError, match=message):
             invjax.observe(key, MODEL, params, wrong)
 
 

@@ -25,7 +25,7 @@ from invjax.attacks.matching.loop import Initializer, State, gradient_matching, 
 from invjax.base import Array, Attack, Batch, Model, Observation, Reconstruction
 from invjax.checks import check_choice, check_number
 from invjax.models.layers import apply_layers
-from invjax.observe import check_observation, per_step_gradient
+from invjax.observe import check_observation, check_sgd, per_step_gradient
 
 Guide = Literal["subspace", "features", "none"]
 Labels = Literal["known", "recovered"]
@@ -189,6 +189,7 @@ def _check(recovery: _Recovery, loop: Attack, observation: Observation) -> None:
     else:
         assert loop.check is not None
         loop.check(observation)
+    check_sgd(observation)
     hidden, _ = head_layers(model, observation.params)
     size = _size(recovery, observation)
     if recovery.labels == "known" and observation.labels is None:

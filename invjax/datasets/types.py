@@ -87,7 +87,7 @@ def from_arrays(
             f"{source}: inputs must be [N, d], [N, H, W] or [N, H, W, C] and not empty, "
             f"got shape {inputs.shape}."
         )
-    if inputs.ndim == 4 and inputs.shape[1] in (1, 3) and inputs.shape[3] > 4:
+    if inputs.ndim == 4 and inputs.shape[1] in (1, 3) and inputs.shape[2] == inputs.shape[3] > 4:
         raise DatasetError(
             f"{source}: images have their channels last, [N, H, W, C], got shape {inputs.shape}: "
             "transpose them, inputs.transpose(0, 2, 3, 1)."

@@ -47,13 +47,17 @@ class Elementary(NamedTuple):
     reads_values: bool = False
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_pytree_with_keys_class
 class Prepared(tuple):
-    """The stages' states of a defence that has seen the batch: another tree, which `update` can tell."""
+    """The stages' states of a defence that has seen the batch: another tree, which `update` can tell.
 
-    def tree_flatten(self) -> tuple[tuple, None]:
-        """The states; nothing is static."""
-        return tuple(self), None
+    What keeps an old state beside the new one (`optax.apply_if_finite`) therefore goes behind the defence.
+    """
+
+    def tree_flatten_with_keys(self) -> tuple[tuple, None]:
+        """The states with their places; nothing is static."""
+        keys = jax.tree_util.SequenceKey
+        return tuple((keys(place), state) for place, state in enumerate(self)), None
 
     @classmethod
     def tree_unflatten(cls, static: None, states: tuple) -> "Prepared":
@@ -304,4 +308,7 @@ def _leading_size(gradients: PyTree, name: str, params: Params | None = None) ->
 def _default_slack(observed: PyTree) -> Array:
     """A thousandth of the observation's root mean square: small, and never zero."""
     size = sum(leaf.size for leaf in jax.tree.leaves(observed))
+    observed = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), observed
+    )
     return 1e-3 * optax.tree.norm(observed) / jnp.sqrt(size) + 1e-12

@@ -213,7 +213,7 @@ def log_likelihood(law: Law, observed: PyTree) -> Array:
 
     def coordinate(observed, location, noise, step, threshold):
         # Half precision cannot tell candidates apart in so large a sum.
-        wide = jnp.promote_types(observed.dtype, jnp.float32)
+        wide = jnp.result_type(observed, location, jnp.float32)
         observed, location = observed.astype(wide), location.astype(wide)
         residual = observed - location
         if rounding is None:

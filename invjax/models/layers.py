@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from invjax.base import Array, Layer, Model, Params, PyTree, check_model
 from invjax.conv import im2col_conv
@@ -21,6 +22,7 @@ def check_layer_view(model: Model) -> None:
 
     Raises:
       ValueError: it has no layer view.
+      TypeError: it is no model.
     """
     check_model(model)
     if model.layers is None:
@@ -39,14 +41,15 @@ def with_layers(
       model: a model that is a chain of layers, from any of the adapters.
       layers: `layers(tree) -> tuple[Layer, ...]`, of parameters or a gradient, from the input to the
         logits; a flattening is a layer, `Layer("flatten")`.
-      params: its parameters, on which the view is compared with the model.
+      params: its parameters, near which the view is compared with the model.
       input_shape: shape of one input.
 
     Returns:
       The model with the view.
 
     Raises:
-      ValueError: the layers compute other logits than the model.
+      ValueError: the layers cannot be applied, or compute other logits than the model.
+      TypeError: what is no model.
 
     Example:
       >>> import jax, invjax
@@ -64,14 +67,20 @@ def with_layers(
       >>> attack = invjax.attacks.exclusivity(model)
     """
     check_model(model)
-    inputs = jax.random.normal(jax.random.key(0), (4, *input_shape))
-    expected = model.apply(params, inputs)
+    input_key, params_key = jax.random.split(jax.random.key(0))
+    # Fresh biases are zero, and fresh heads too sometimes: their part would not be seen.
+    moved = optax.tree.add_scale(params, 0.1, optax.tree.random_like(params_key, params))
+    dtype = jnp.result_type(*jax.tree.leaves(params))
+    inputs = jax.random.normal(input_key, (16, *input_shape), dtype)
+    expected = np.asarray(model.apply(moved, inputs), float)
     try:
-        found = apply_layers(layers(params), inputs)
-        agree = found.shape == expected.shape and np.allclose(found, expected, 1e-3, 1e-4)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"layers cannot be applied to inputs of {input_shape}: {error}") from error
-    if not agree:
+        found = np.asarray(apply_layers(layers(moved), inputs), float)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"layers cannot be applied to inputs of {input_shape}: {type(error).__name__}: {error}"
+        ) from error
+    rounding = 100 * float(jnp.finfo(dtype).eps) * np.abs(expected).max()
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=0, atol=rounding):
         raise ValueError(f"layers must compute the logits of {model.name}, and do not.")
     swap = model.with_convolution
     return model._replace(

@@ -166,6 +166,9 @@ def _lead(cells: Sequence[Cell], done: int, planned: int, damaged: int) -> str:
         ends = (("Best defended", ranked[0]), ("most exposed", ranked[-1]))
         told = [f"{what}: {c.label} (median PSNR {c.median:.1f} dB)" for what, c in ends]
         text += f" Against the strongest attack of each setting: {'; '.join(told)}."
+    elif len(known) > 1:
+        (best,) = ranked
+        text += f" Strongest attack: {best.label} (median PSNR {best.median:.1f} dB)."
     elif ranked:
         text += f" Median PSNR {ranked[0].median:.1f} dB."
     if len(known) < len(cells):

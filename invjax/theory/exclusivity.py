@@ -143,7 +143,6 @@ def exclusivity_probability(
     Raises:
       ValueError: a number that is out of range or not whole, a model without such a head.
     """
-    check_count("batch_size", batch_size, 1)
     check_count("batch_size", batch_size, 1, len(inputs))
     check_count("num_batches", num_batches, 1)
     return _probability(key, model, params, inputs, batch_size, num_batches)

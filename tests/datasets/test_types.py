@@ -84,6 +84,7 @@ def test_class_names_and_column_labels():
         ),
         (np.array([["a"], ["b"]]), np.zeros(2, int), "inputs must be real numbers, got <U1"),
         (np.zeros((2, 3, 8, 8)), np.zeros(2, int), r"images have their channels last, .*3, 8, 8"),
+        (np.zeros((2, 1, 8, 8)), np.zeros(2, int), r"images have their channels last, .*1, 8, 8"),
         (np.zeros((2, 3)), np.zeros(3, int), r"2 inputs, but labels of shape \(3,\)"),
         (np.zeros((2, 3)), np.zeros((2, 2), int), r"2 inputs, but labels of shape \(2, 2\)"),
         (np.zeros((2, 3)), np.zeros(2), "labels must be integers from 0, got float64"),

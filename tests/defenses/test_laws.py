@@ -402,3 +402,31 @@ def test_a_likelihood_of_half_precision_is_summed_in_single():
     gap = defense.log_likelihood(half, half) - defense.log_likelihood(half, other)
     assert gap.dtype == jnp.float32
     np.testing.assert_allclose(gap, 0.5**2 / 2e-4, rtol=1e-2)
+
+
+def test_a_likelihood_is_as_precise_as_the_finer_of_both_sides():
+    with jax.enable_x64(True):
+        defense = parse("gaussian(1e-6)")
+        observed = {"a": jnp.ones(3, jnp.float32)}
+        scores = [
+            defense.log_likelihood(observed, {"a": jnp.ones(3) + error}) for error in (0.0, 5e-8)
+        ]
+        np.testing.assert_allclose(scores[0] - scores[1], 3 * 0.05**2 / 2, rtol=1e-6)
+
+
+def test_the_slack_of_half_precision_is_finite():
+    observed = {"a": jnp.full(70_000, 2.0, jnp.float16)}
+    assert np.isfinite(parse("magnitude_prune(0.5)").log_likelihood(observed, observed))
+
+
+def test_a_strength_on_the_device_is_checked_and_serves_inside_jit():
+    with pytest.raises(ValueError, match="std must lie in"):
+        defenses.gaussian_noise(jnp.float32(-1.0))
+    std, tree = jnp.float32(0.1), {"a": jnp.zeros(3)}
+
+    @jax.jit
+    def run(tree):
+        defense = defenses.gaussian_noise(std)
+        return defense.update(tree, defense.init_with_key(jax.random.key(0), tree))[0]
+
+    assert run(tree)["a"].any()

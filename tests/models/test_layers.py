@@ -83,8 +83,20 @@ def test_a_view_of_ones_own_model_is_compared_with_it():
         invjax.attacks.bias_trick(model)
     with pytest.raises(ValueError, match="layers must compute the logits of Sequential"):
         models.with_layers(model, view("tanh"), params, (64,))
-    with pytest.raises(ValueError, match="layers cannot be applied"):
-        models.with_layers(model, lambda tree: view("relu")(tree)[::-1], params, (64,))
+    for wrong in (
+        lambda tree: view("relu")(tree)[::-1],
+        lambda tree: view("swish")(tree),
+        lambda tree: tree["nope"],
+    ):
+        with pytest.raises(ValueError, match="layers cannot be applied"):
+            models.with_layers(model, wrong, params, (64,))
+
+    # Fresh biases are zero, and count all the same.
+    def bare(tree):
+        return tuple(layer._replace(bias=None) for layer in view("relu")(tree))
+
+    with pytest.raises(ValueError, match="layers must compute the logits of Sequential"):
+        models.with_layers(model, bare, params, (64,))
     seeing = models.with_layers(model, view("relu"), params, (64,))
     batch = invjax.Batch(jax.random.uniform(jax.random.key(1), (1, 64)), jnp.array([3]))
     seen = invjax.observe(jax.random.key(2), seeing, params, batch)

@@ -162,6 +162,11 @@ def test_the_lead_names_the_ends_and_what_is_missing(drawn):
     weak = row(1.0, cell="weak", defense="c", attack="weak")
     text = Parsed(make([*rows, weak])).text
     assert "Best defended: b, dlg (median PSNR 8.0 dB); most exposed: c, dlg (median" in text
+    other = row(50.0, cell="other", defense="c", model="other")
+    text = Parsed(make([rows[2], weak, other])).text
+    assert "Best defended: lenet, dlg (median PSNR 40.0 dB); most exposed: other, dlg" in text
+    text = Parsed(make([rows[2], weak])).text
+    assert "over 2 cells. None left out. Strongest attack: dlg (median PSNR 40.0 dB)." in text
     text = Parsed(make(rows, problems=["block 3: truncated"])).text
     assert "3 of 3 samples, over 3 cells" in text and "so far" not in text
     assert "1 file could not be read" in text and "block 3: truncated" in text

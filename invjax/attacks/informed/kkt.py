@@ -27,7 +27,7 @@ from scipy import optimize
 from invjax import gradients
 from invjax.attacks.matching.priors import input_bounds
 from invjax.base import Array, Attack, Batch, Model, Observation, Params, PyTree, Reconstruction
-from invjax.checks import check_choice, check_number
+from invjax.checks import check_choice, check_count, check_number
 from invjax.models.chain import activations
 from invjax.models.layers import apply_layer
 from invjax.models.losses import cross_entropy
@@ -272,8 +272,8 @@ def kkt(
         weights that do not.
     """
     _check_variant(model, variant)
-    check_number("num_images", num_images, 1)
-    check_number("num_steps", num_steps, 1)
+    check_count("num_images", num_images, 1)
+    check_count("num_steps", num_steps, 1)
     check_choice("optimizer", optimizer, ("sgd", "adam"))
     check_number("learning_rate", learning_rate, 0.0)
     check_number("multiplier_rate", multiplier_rate, 0.0)

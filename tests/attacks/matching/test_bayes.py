@@ -115,6 +115,11 @@ def test_the_noise_of_a_federated_update_is_on_its_own_scale():
     mean, covariance = posterior(seen.gradient, scale=0.2)
     expected = np.linalg.solve(covariance, state.variables["inputs"][0, 0] - mean[0])
     np.testing.assert_allclose(state.gradient["inputs"][0, 0], expected, rtol=1e-3, atol=1e-3)
+    # No defence at all may be said by `None`.
+    bare = attacks.bayes(linear_model(), None, num_steps=3)
+    plain = attacks.bayes(linear_model(), invjax.chain(), num_steps=3)
+    both = (attack(jax.random.key(2), seen).inputs for attack in (bare, plain))
+    np.testing.assert_array_equal(*both)
     adam = dataclasses.replace(local, optimizer="adam")
     with pytest.raises(ValueError, match="must be 'sgd', since this attack reads an update"):
         bayes(jnp.float32)(

@@ -20,7 +20,7 @@ from invjax.base import (
     closed_form,
 )
 from invjax.checks import check_count, check_number
-from invjax.observe import check_observation
+from invjax.observe import check_observation, check_sgd
 
 
 class Imprint(NamedTuple):
@@ -240,7 +240,9 @@ def row_attack(
                 f"This {name} was made for inputs of shape {tuple(input_shape)}, the observation "
                 f"speaks of {tuple(facts.input_shape)}."
             )
-        if not several_steps:
+        if several_steps:
+            check_sgd(observation)
+        else:
             check_one_step(observation, name)
         if further is not None:
             further(observation)

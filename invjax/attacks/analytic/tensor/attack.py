@@ -27,7 +27,7 @@ from invjax.base import (
 )
 from invjax.checks import check_choice, check_count, check_number
 from invjax.models.layers import layers_of
-from invjax.observe import check_observation, per_step_gradient
+from invjax.observe import check_observation, check_sgd, per_step_gradient
 
 Method = Literal["regression", "paper"]
 Loss = Literal["squared", "cross_entropy"]
@@ -137,6 +137,7 @@ def tensor(
 
     def check(observation: Observation) -> None:
         check_observation(model, observation)
+        check_sgd(observation)
         _check_front(model, observation)
         problem = head_problem(model, observation.params, observation.gradient)
         hidden, _ = head_layers(model, observation.params)

@@ -1,8 +1,11 @@
 """The one host loop: runs any attack in compiled chunks, with progress, early stop and interruption."""
 
+import contextlib
 import dataclasses
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -92,25 +95,59 @@ def advance_in_chunks(
       stepwise: call `advance` for one step at a time.
 
     Returns:
-      The state, its steps, and the `KeyboardInterrupt` that ended it, if one did.
+      The state, its steps, and the `KeyboardInterrupt` that ended it, if one did. Ctrl-C ends it after
+      the chunk, or the step, that is running; a second one at once, and raises where the state was lost.
     """
     count = chunk or 1
+    with _held_interrupts() as pressed:
+        try:
+            while steps < num_steps and not pressed:
+                started = time.perf_counter()
+                count = min(count, num_steps - steps)
+                for part in [1] * count if stepwise else [count]:
+                    state, steps = advance(state, part), steps + part
+                    if pressed:
+                        break
+                objective, done = jax.tree.map(np.asarray, summary(state))
+                after(steps, state, objective)
+                if done.all():
+                    break
+                if chunk is None and time.perf_counter() - started < 0.1:
+                    count = min(2 * count, MAX_CHUNK)
+        except KeyboardInterrupt as interruption:
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(state) if isinstance(leaf, Array)):
+                raise
+            return state, steps, interruption
+        return state, steps, KeyboardInterrupt() if pressed else None
+
+
+@contextlib.contextmanager
+def _held_interrupts() -> Iterator[list[int]]:
+    """Note a Ctrl-C in the list that is yielded instead of raising; a second one raises.
+
+    Raised in the midst of a call that has taken a state over, it would leave neither the old nor the new.
+    """
+    pressed: list[int] = []
+
+    def note(number, frame):
+        del frame
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    # Handlers belong to the main thread, and another than Python's own is somebody else's.
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if not ours:
+        yield pressed
+        return
+    signal.signal(signal.SIGINT, note)
     try:
-        while steps < num_steps:
-            started = time.perf_counter()
-            count = min(count, num_steps - steps)
-            for part in [1] * count if stepwise else [count]:
-                # Both at once: an interruption must not part a state from its steps.
-                state, steps = advance(state, part), steps + part
-            objective, done = jax.tree.map(np.asarray, summary(state))
-            after(steps, state, objective)
-            if done.all():
-                break
-            if chunk is None and time.perf_counter() - started < 0.1:
-                count = min(2 * count, MAX_CHUNK)
-    except KeyboardInterrupt as interruption:
-        return state, steps, interruption
-    return state, steps, None
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def runner(attack: Attack, *, batched: bool = False, chunk: int | None = None) -> Run:

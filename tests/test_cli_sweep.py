@@ -216,5 +216,8 @@ def test_interruption_keeps_what_was_recorded(file, tmp_path):
         time.sleep(0.1)
     time.sleep(15)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    try:
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "--resume" in error

@@ -1,5 +1,6 @@
 """What every attack must keep: pure, under `jit` and `vmap` the same, and honest about failure."""
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -156,3 +157,20 @@ def test_released_weights_are_refused(name):
     one = jax.tree.map(lambda leaf: leaf[0], seen)._replace(gradient=None)
     with pytest.raises(ValueError, match="gradient"):
         row.make(model)(keys[0], one)
+
+
+@EVERY
+def test_an_update_of_adam_is_no_gradient(name):
+    row = ROWS[name]
+    model, keys, seen = victims(row, 1)
+    one = jax.tree.map(lambda leaf: leaf[0], seen)
+    local = invjax.LocalTraining(
+        epochs=1,
+        batch_size=row.batch_size,
+        learning_rate=0.1,
+        num_samples=row.batch_size,
+        optimizer="adam",
+    )
+    one = one._replace(facts=dataclasses.replace(one.facts, local=local))
+    with pytest.raises(ValueError, match="must be 'sgd'"):
+        jax.eval_shape(row.make(model), keys[0], one)

@@ -14,7 +14,7 @@ Constants are arguments (`Constants`), 1 by default. Measured, with the sum of `
 `tanh`, `b = 3`, labels of -1 and 1, and the derivatives in `a` alone, which are what noise of equal deviation
 leaves: `lower` 0.63 to 1.41 for `B = 2` and 0.75 to 1.55 for `B = 4`, `d` of 16 to 64 and `m = 2000`, by the
 labels (they decide the residuals, of which 2 tells less than 4); `lower_constant` is its limit for large
-`d`. `upper` 1.7 to 4.9 for moments of the derivatives in `a`, widths from 2,048 to 131,072, the largest where
+`d`. `upper` 1.7 to 3.5 for moments of the derivatives in `a`, widths from 8,192 to 131,072, the largest where
 the error nears 1 (`benchmarks/papers/two_layer_bounds.py`). For the bound at one batch of any model see
 `cramer_rao`.
 """

@@ -389,7 +389,7 @@ CALLS = {
     ("call", "settings", "message"),
     [
         ("draws", {"batch_size": 5}, r"batch_size must be a whole number in \[1, 4\], got 5"),
-        ("draws", {"batch_size": 2.5}, "batch_size must be a whole number of at least 1, got 2.5"),
+        ("draws", {"batch_size": 2.5}, r"batch_size must be a whole number in \[1, 4\], got 2.5"),
         ("draws", {"num_batches": 0}, "num_batches must be a whole number of at least 1, got 0"),
         ("twin", {"size": 0.0}, r"size must lie in \(0.0, inf\), got 0.0"),
         ("boundary", {"tolerance": np.nan}, r"tolerance must lie in \[0.0, 1.0\), got nan"),

@@ -17,7 +17,7 @@ def check_range(input_range: tuple[Bound, Bound]) -> None:
     """
     try:
         low, high = (np.asarray(bound, float) for bound in input_range)
-        valid = np.ndim(low + high) <= 1 and bool((low < high).all())
+        valid = np.broadcast(low, high).ndim <= 1 and bool((low < high).all())
     except (TypeError, ValueError):
         valid = False
     if not valid:

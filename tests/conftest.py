@@ -67,3 +67,11 @@ def nearest(samples, pool) -> tuple[np.ndarray, np.ndarray]:
     errors = np.square(distances).mean(axis=-1)
     errors = np.pad(errors, [(0, 0)] * (errors.ndim - 1) + [(0, 1)], constant_values=np.inf)
     return errors.min(axis=-1), errors.argmin(axis=-1)
+
+
+def ready(defense, state):
+    """A state that may be updated with, of a defence that would have to see a batch too."""
+    from invjax.defenses.base import Prepared
+
+    sees_batch = any(stage.prepare is not None for stage in defense.stages)
+    return Prepared(state) if sees_batch else state

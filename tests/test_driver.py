@@ -12,6 +12,11 @@ import pytest
 from invjax import driver
 
 
+def ended(state):
+    """Nothing is done before the last step."""
+    return None, np.zeros((), bool)
+
+
 @pytest.mark.parametrize(("stepwise", "expected"), [(True, 7), (False, 5)])
 def test_an_interruption_leaves_a_state_with_its_own_steps(stepwise, expected):
     calls = []
@@ -22,11 +27,8 @@ def test_an_interruption_leaves_a_state_with_its_own_steps(stepwise, expected):
             raise KeyboardInterrupt
         return state + count
 
-    def summary(state):
-        return None, np.zeros((), bool)
-
     state, steps, interruption = driver.advance_in_chunks(
-        advance, summary, 0, 0, 20, lambda *_: None, chunk=5, stepwise=stepwise
+        advance, ended, 0, 0, 20, lambda *_: None, chunk=5, stepwise=stepwise
     )
     assert isinstance(interruption, KeyboardInterrupt)
     assert state == steps == expected
@@ -38,10 +40,6 @@ def hearing():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-def ended(state):
-    return None, np.zeros((), bool)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -22,6 +22,7 @@ from invjax.attacks.analytic.tensor.head import (
 from invjax.attacks.matching import generator as generators
 from invjax.attacks.matching import objectives, presets, priors
 from invjax.attacks.matching.loop import Initializer, State, gradient_matching, normal
+from invjax.attacks.matching.loss import as_variables
 from invjax.base import Array, Attack, Batch, Model, Observation, Reconstruction
 from invjax.checks import check_choice, check_number
 from invjax.models.layers import apply_layers
@@ -270,8 +271,7 @@ def _carrying(known: Guidance, initializer: Initializer) -> Callable:
     """The initializer, with the guidance among its variables."""
 
     def start(key: Array, shape: tuple[int, ...], observation: Observation):
-        first = initializer(key, shape, observation)
-        return {**(first if isinstance(first, dict) else {"inputs": first}), "known": known}
+        return {**as_variables(initializer(key, shape, observation)), "known": known}
 
     return start
 

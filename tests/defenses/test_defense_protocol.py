@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import ready
 
 from invjax import Defense, defenses
 from invjax.defenses import parse
-from invjax.defenses.base import Prepared
 
 # Every constructor, and what it is at strength zero (where it has that).
 ROWS = {
@@ -56,12 +56,6 @@ def gradient_for(defense, tree=PARAMS):
     if defense.stage == "aggregate":
         return tree
     return jax.tree.map(lambda leaf: jnp.stack([2.5 * leaf, 0.3 * leaf, 0.2 * leaf]), tree)
-
-
-def ready(defense, state):
-    """A state that may be updated with, of a defence that would have to see a batch too."""
-    sees_batch = any(stage.prepare is not None for stage in defense.stages)
-    return Prepared(state) if sees_batch else state
 
 
 def send(defense, key, gradient):

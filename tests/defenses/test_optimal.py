@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import ready
 from jax.flatten_util import ravel_pytree
 from scipy import stats
 
@@ -17,7 +18,6 @@ import invjax
 from invjax import datasets, models
 from invjax.base import Batch, Defense
 from invjax.defenses import chain, gaussian_noise, global_clip
-from invjax.defenses.base import Prepared
 from invjax.defenses.optimal import (
     optimal_clipped_noise,
     optimal_noise,
@@ -96,11 +96,6 @@ class Sent(NamedTuple):
     public: Any
     score: Any
     slopes: Any
-
-
-def ready(defense, state):
-    """A state that may be updated with, of a defence that would have to see a batch too."""
-    return Prepared(state) if defense.stages[0].prepare is not None else state
 
 
 def send(defense, key, batch) -> Sent:

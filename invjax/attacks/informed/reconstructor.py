@@ -14,6 +14,7 @@ from invjax import metrics
 from invjax.attacks.informed.decoders import Decoder, dense_decoder
 from invjax.base import Array, Params
 from invjax.checks import check_count, check_number
+from invjax.ranges import check_range
 
 Reconstruct = Callable[[Params], Array]
 """`reconstruct(released) -> inputs [...]`, of one model's weights; `vmap` it over many."""
@@ -301,8 +302,7 @@ def _prepare(
     input_range: tuple[float, float],
 ) -> tuple[Scaler, np.ndarray, np.ndarray]:
     """The scaler, standardised features `[N, p]`, and records, on the host."""
-    if not input_range[0] < input_range[1]:
-        raise ValueError(f"input_range must be (low, high) with low < high, got {input_range}.")
+    check_range(input_range)
     flat = np.asarray(jax.vmap(functools.partial(features, parts=parts))(shadows))
     records = np.asarray(inputs)
     if len(records) != len(flat) or len(records) < 2:

@@ -11,6 +11,7 @@ import optax
 from invjax import gradients, metrics
 from invjax.attacks.matching import objectives, priors
 from invjax.attacks.matching.loop import Initializer, Labels, gradient_matching, normal
+from invjax.attacks.matching.loss import as_variables
 from invjax.attacks.matching.presets import decayed, smoothness
 from invjax.attacks.matching.simulation import by_epoch, simulate_shares
 from invjax.attacks.matching.simulation import simulate as simulate
@@ -268,8 +269,7 @@ def _also(initializer: Initializer, name: str, make: Callable) -> Initializer:
     """One more variable, `make(key, observation)`."""
 
     def initialize(key, shape, observation):
-        variables = initializer(key, shape, observation)
-        variables = variables if isinstance(variables, dict) else {"inputs": variables}
+        variables = as_variables(initializer(key, shape, observation))
         return {**variables, name: make(jax.random.fold_in(key, 1), observation)}
 
     return initialize

@@ -16,6 +16,7 @@ from invjax.attacks.matching.loss import (
     Decode,
     Terms,
     Variables,
+    as_variables,
     context_of,
     decoded,
     loss_of,
@@ -259,8 +260,7 @@ def _start(loop: _Loop, observation: Observation, size: int, key: Array) -> Vari
     """The first variables of one restart."""
     inputs_key, labels_key = jax.random.split(key)
     shape = (size, *observation.facts.input_shape)
-    variables: Any = loop.initializer(inputs_key, shape, observation)
-    variables = dict(variables) if isinstance(variables, dict) else {"inputs": variables}
+    variables = as_variables(loop.initializer(inputs_key, shape, observation))
     if loop.constraint is not None:
         variables["inputs"] = loop.constraint(variables["inputs"], observation)
     if loop.labels == "joint":

@@ -64,6 +64,11 @@ def context_of(terms: Terms, observation: Observation, variables: Variables) -> 
     return Context(observation, group)
 
 
+def as_variables(first: Array | Variables) -> Variables:
+    """What an initializer gives, inputs or a dict with them, as a dict."""
+    return dict(first) if isinstance(first, dict) else {"inputs": first}
+
+
 def decoded(terms: Terms, variables: Variables, observation: Observation) -> Array:
     """The inputs `[B, ...]` that one restart's variables stand for."""
     return variables["inputs"] if terms.decode is None else terms.decode(variables, observation)
